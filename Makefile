@@ -1,0 +1,51 @@
+# Each target sets up .venv by itself the first time; a machine with Python 3.11 and no GPU is enough.
+# A PyTorch that already sits in .venv is kept as long as its version fits constraints.txt.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUNTIME := .venv/.runtime
+DEV := .venv/.dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench readme train-testbed
+
+help: ## show the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+demo: $(RUNTIME) ## a trained model answers questions about pictures with 16 instead of 576 visual tokens
+	$(BIN)/dcp-prune demo
+
+test: $(DEV) ## all tests that need no GPU (ARGS="tests/unit -k kappa" narrows them)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(DEV) ## style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(DEV) ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(RUNTIME) ## time to first token of a 1.5B-parameter LLaVA on this machine (ARGS="--tiny" tries it out in seconds)
+	$(BIN)/python -m dcp_prune.profiling.latency $(ARGS)
+
+readme: $(RUNTIME) ## rebuild the README's tables from results/
+	$(BIN)/python -m dcp_prune.report.tables README.md
+
+train-testbed: $(RUNTIME) ## train the testbed model, going on from its last checkpoint (hours on a CPU)
+	$(BIN)/python -m dcp_prune.testbed.train $(ARGS)
+
+$(RUNTIME): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
