@@ -1,0 +1,1 @@
+"""Pictures of what a pruner did: which tokens it kept, and who absorbed whom."""
