@@ -45,7 +45,7 @@ def llava_prefill_flops(
     """
     # transformers types its sub-configurations too loosely to name their attributes.
     vision, text = cast(Any, config.vision_config), cast(Any, config.text_config)
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches: int = (vision.image_size // vision.patch_size) ** 2
     reductions = dict(stages)
 
     width = vision.hidden_size
