@@ -1,0 +1,168 @@
+"""Markdown tables from result files, and the command that keeps a document's tables up to date.
+
+A document marks each table by where it comes from, relative to the document:
+
+    <!-- table:begin quality results/testbed.json -->
+    <!-- table:end -->
+
+`python -m dcp_prune.report.tables README.md` rewrites what lies between the marks; with `--check` it only says whether
+anything would change. A result file that does not exist yet leaves a line that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dcp_prune.errors import DcpPruneError, InvalidInputError
+from dcp_prune.files import check_writable, write_atomically
+
+Result = Mapping[str, Any]
+"""A result file: `results`, a list of rows, and the `environment` that they were measured in."""
+
+_MARK = re.compile(
+    r"(?P<begin><!-- table:begin (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<end><!-- table:end -->)", re.DOTALL
+)
+
+
+def quality(result: Result) -> str:
+    """Accuracy in per cent with its 95 % interval for each pruner (row) and number of visual tokens (column).
+
+    Rows go from the best to the worst at the smallest budget. All tokens and no image, where they were measured, are
+    the upper bound above the table's rows and the floor below them.
+    """
+    rows = [row for row in result["results"] if row["task"] == "all"]
+    bounds = [row for row in rows if row["pruner"] == "none"]
+    pruned = [row for row in rows if row["pruner"] != "none"]
+    budgets = sorted({row["num_tokens"] for row in pruned}, reverse=True)
+    cells = {(row["pruner"], row["num_tokens"]): row for row in pruned}
+    names = sorted({row["pruner"] for row in pruned}, key=lambda name: _order(cells, name, budgets), reverse=True)
+
+    header = ["pruner", *(f"{budget} tokens" for budget in budgets)]
+    header += [f"kappa at {budget}" for budget in budgets[-1:]]
+    body = []
+    for name in names:
+        found = [cells.get((name, budget)) for budget in budgets]
+        body.append([f"`{name}`", *(_accuracy(row) for row in found), _kappa(found[-1])])
+    upper = [["all tokens", *_spread(row, len(budgets)), _kappa(row)] for row in bounds if row["num_tokens"] != 0]
+    floor = [["no image", *_spread(row, len(budgets)), ""] for row in bounds if row["num_tokens"] == 0]
+    return _markdown(header, upper + body + floor)
+
+
+def cost(result: Result) -> str:
+    """What one image costs up to the first new token, each pruner against no pruning: medians of interleaved runs."""
+    header = ["pruner", "visual tokens", "time to first token", "speed-up", "of it selection", "KV cache", "prefill"]
+    body = [
+        [
+            "none" if row["pruner"] == "none" else f"`{row['pruner']}`",
+            str(row["num_tokens"]),
+            f"{row['ttft_ms']:,.0f} ms",
+            f"{1 / row['ttft_ratio']:.2f} x",
+            "" if row["selection_share"] is None else f"{row['selection_share']:.1%}".replace("%", " %"),
+            f"{row['kv_cache_bytes'] / 2**20:.2f} MiB",
+            f"{row['prefill_flops'] / 1e9:,.0f} GFLOP",
+        ]
+        for row in result["results"]
+    ]
+    return _markdown(header, body)
+
+
+TABLES: Mapping[str, Callable[[Result], str]] = {"quality": quality, "cost": cost}
+"""Name in a document's mark -> what draws the table."""
+
+
+def rebuild(text: str, folder: Path) -> str:
+    """`text` with every marked table drawn anew from result files under `folder`.
+
+    Raises:
+        InvalidInputError: a mark names no known kind of table, or a file that is no result file.
+    """
+
+    def draw(mark: re.Match[str]) -> str:
+        kind, name = mark["kind"], mark["file"]
+        if kind not in TABLES:
+            raise InvalidInputError(f"a table mark asks for {kind!r}; the kinds are {', '.join(sorted(TABLES))}")
+        return f"{mark['begin']}{_table(kind, name, folder)}\n{mark['end']}"
+
+    return _MARK.sub(draw, text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rebuilds the tables of each named document; with `--check`, returns 1 if one of them is out of date."""
+    check = "--check" in arguments
+    documents = [Path(name) for name in arguments if name != "--check"]
+    if not documents:
+        raise InvalidInputError("name at least one document: python -m dcp_prune.report.tables [--check] README.md")
+    stale = []
+    for document in documents:
+        if not document.is_file():
+            raise InvalidInputError(f"there is no document {document}")
+        text = document.read_text(encoding="utf-8")
+        new = rebuild(text, document.parent)
+        if new == text:
+            continue
+        stale.append(str(document))
+        if not check:
+            write_atomically(check_writable(document), new.encode())
+    if check and stale:
+        sys.stderr.write(f"out of date with the result files: {', '.join(stale)}; run `make readme`\n")
+    return 1 if check and stale else 0
+
+
+def _table(kind: str, name: str, folder: Path) -> str:
+    path = folder / name
+    if not path.is_file():
+        return f"*Not measured yet: no `{name}`.*"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return f"{TABLES[kind](result)}\n\n{_source(name, result)}"
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"{path} holds no {kind} results ({error!r}); write it anew") from error
+
+
+def _source(name: str, result: Result) -> str:
+    """One line that says where the numbers come from."""
+    environment = result["environment"]
+    versions = ", ".join(f"{package} {environment['packages'][package]}" for package in ("torch", "transformers"))
+    device = " + ".join([*environment["gpus"], f"{environment['cpu']}, {environment['threads']} threads"])
+    about = f"{result['description']} " if "description" in result else ""
+    return f"<sub>{about}Source: [`{name}`]({name}); {versions}; {device}.</sub>"
+
+
+def _order(cells: Mapping[tuple[str, int], Result], name: str, budgets: Sequence[int]) -> tuple[float, ...]:
+    """Accuracy at the smallest budget first; what was not measured there comes last."""
+    return tuple(cells[name, budget]["accuracy"] if (name, budget) in cells else -1.0 for budget in reversed(budgets))
+
+
+def _accuracy(row: Result | None) -> str:
+    if row is None:
+        return ""
+    low, high = row["ci95"]
+    return f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _spread(row: Result, columns: int) -> list[str]:
+    """A bound holds at every budget: it is written once, in the first column."""
+    return [_accuracy(row), *[""] * (columns - 1)]
+
+
+def _kappa(row: Result | None) -> str:
+    return "" if row is None or row["kappa"] is None else f"{row['kappa']:.2f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column reads from the left, numbers from the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except DcpPruneError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
