@@ -1,0 +1,55 @@
+"""The words of the testbed: its tokenizer and the prompt that its model was trained on."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dcp_prune.testbed.world import CLASSES, COLORS, LETTERS, NUMBERS, QUADRANTS, WORDS
+
+PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"
+SPECIAL = (PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT)
+FUNCTION_WORDS = (
+    "is there a in the picture ? what color left right of above below how many objects are where does sign say "
+    "which one yes no b c d"
+).split()
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }} {% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% endif %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def vocabulary() -> list[str]:
+    """Every token, in the order of its id."""
+    return list(
+        dict.fromkeys((*SPECIAL, *FUNCTION_WORDS, *CLASSES, *COLORS, *WORDS, *NUMBERS, *QUADRANTS, *LETTERS))
+    )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, split at spaces; the role names are special tokens, so they never count as question words."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL.index(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[IMAGE, USER, ASSISTANT],
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def prompt(question: str) -> str:
+    """The text that asks `question` about one image."""
+    return f"{USER} {IMAGE} {question} {ASSISTANT}"
