@@ -1,0 +1,24 @@
+"""The errors users can meet: every message is one sentence that names the cause and the way out."""
+
+
+class DcpPruneError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InvalidInputError(DcpPruneError, ValueError):
+    """A value the user gave cannot be used: a budget, an image, a question, features with NaN."""
+
+
+class MissingSignalError(DcpPruneError):
+    """A pruner needs a signal (the [CLS] attention, the question, ...) that the tokens do not carry."""
+
+
+class UnsupportedModelError(DcpPruneError):
+    """The model has no adapter, or is set up in a way that pruning cannot support."""
+
+
+class UnknownPrunerError(DcpPruneError, KeyError):
+    """No pruner of that name is registered; the message suggests near names."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the sentence
+        return str(self.args[0]) if self.args else ""

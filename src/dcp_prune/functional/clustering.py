@@ -1,0 +1,94 @@
+"""Representatives and the tokens they stand for: greedy centres, clusters, and a new member chosen from each."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@torch.no_grad()
+def facility_location(
+    similarity: Float[Tensor, "b n n"],
+    k: int,
+    *,
+    demand: Float[Tensor, "b n"] | None = None,
+    merit: Float[Tensor, "b n"] | None = None,
+    mask: Bool[Tensor, "b n"] | None = None,
+) -> Int[Tensor, "b k"]:
+    """Greedy facility location: each pick adds the most weighted coverage to what the picks before it cover.
+
+    next = argmax_j merit_j * sum_i demand_i * max(0, similarity_ij - cover_i), where cover_i, first 0, is token i's
+    similarity to its closest pick. With demand alone this is greedy representative initialisation; with merit alone
+    it is the rule "saliency times marginal coverage" (SCOPE).
+
+    Args:
+        similarity: `b n n`.
+        k: tokens to pick.
+        demand: how much it matters that a token is covered, non-negative. `b n`.
+        merit: how much a token is worth as a pick, non-negative. `b n`.
+        mask: False marks padding, which is neither picked nor covered; every row needs at least k real tokens. `b n`.
+
+    Returns:
+        Positions in the order of picking, unique; on ties the earlier token wins. `b k`.
+    """
+    b, n, _ = similarity.shape
+    need = similarity.new_ones(b, 1, n) if demand is None else demand.to(similarity.dtype).unsqueeze(1)
+    open_ = similarity.new_zeros(b, n)
+    if mask is not None:
+        need = need.masked_fill(~mask.unsqueeze(1), 0.0)
+        open_ = open_.masked_fill(~mask, -torch.inf)
+    # What is left to gain, max(0, S - cover), is updated in place: raising the cover by a pick's own column of it
+    # gives the next one, so neither cover nor S is needed again.
+    left = similarity.clamp(min=0.0)
+    picks: list[Tensor] = []
+    for step in range(k):
+        gain = (need @ left).squeeze(1)
+        gain = gain if merit is None else gain * merit
+        pick = (gain + open_).argmax(dim=1, keepdim=True)
+        picks.append(pick)
+        if step + 1 < k:
+            open_ = open_.scatter(1, pick, -torch.inf)
+            left.sub_(left.gather(2, pick.unsqueeze(1).expand(b, n, 1))).clamp_(min=0.0)
+    return torch.cat(picks, dim=1)
+
+
+@torch.no_grad()
+def assign(
+    similarity: Float[Tensor, "b n n"], centres: Int[Tensor, "b k"], mask: Bool[Tensor, "b n"] | None = None
+) -> Int[Tensor, "b n"]:
+    """The slot in 0..k-1 of each token's most similar centre; centres belong to themselves, padding to -1. `b n`."""
+    b, k = centres.shape
+    n = similarity.shape[1]
+    closest = similarity.gather(2, centres.unsqueeze(1).expand(b, n, k)).argmax(dim=2)
+    slots = torch.arange(k, device=centres.device).expand(b, k)
+    closest = closest.scatter(1, centres, slots)  # of two identical centres neither may lose itself to the other
+    return closest if mask is None else closest.masked_fill(~mask, -1)
+
+
+@torch.no_grad()
+def reselect(
+    similarity: Float[Tensor, "b n n"],
+    clusters: Int[Tensor, "b n"],
+    k: int,
+    *,
+    bonus: Float[Tensor, "b n"] | None = None,
+) -> Int[Tensor, "b k"]:
+    """The member of each cluster with the largest mean similarity to its cluster, plus its bonus.
+
+    Args:
+        similarity: `b n n`.
+        clusters: each token's cluster in 0..k-1, -1 for none; no cluster is empty. `b n`.
+        k: number of clusters.
+        bonus: added to a member's mean similarity, for example its relevance. `b n`.
+
+    Returns:
+        One position per cluster, in the order of the clusters. `b k`.
+    """
+    slots = torch.arange(k, device=clusters.device)
+    member = clusters.unsqueeze(-1) == slots  # b n k
+    share = member.to(similarity.dtype)
+    total = similarity @ share
+    mean = total / share.sum(dim=1, keepdim=True)
+    score = mean if bonus is None else mean + bonus.unsqueeze(-1)
+    return score.masked_fill(~member, -torch.inf).argmax(dim=1)

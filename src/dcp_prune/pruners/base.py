@@ -1,0 +1,221 @@
+"""What every pruner is: a frozen dataclass whose `__call__` owns the guards, the budget and the invariants."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dcp_prune.budget import Budget
+from dcp_prune.errors import InvalidInputError, MissingSignalError
+from dcp_prune.functional.selection import masked_topk
+from dcp_prune.functional.similarity import gather_tokens
+from dcp_prune.tokens import (
+    EncoderReduction,
+    EncoderTokens,
+    PrunedTokens,
+    Signal,
+    VisualTokens,
+    compose_assignments,
+)
+
+
+class EncoderStage(ABC):
+    """A reduction inside the vision encoder: of the tokens that leave layer `layer` it keeps `num_tokens`.
+
+    The signals in `requires` are those of that same layer. Implementations are frozen dataclasses and pure.
+    """
+
+    layer: int
+    """0-based index of the encoder layer whose output is reduced."""
+    num_tokens: int
+    """Tokens that go on to the next layer, [CLS] not counted."""
+    requires: ClassVar[frozenset[Signal]] = frozenset()
+
+    @abstractmethod
+    def reduce(self, tokens: EncoderTokens) -> EncoderReduction:
+        """Keeps exactly `num_tokens` of the tokens (`b n v` -> `b m v`); never sees [CLS]."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method's `prune` decides, in terms of the n tokens that it was given.
+
+    Attributes:
+        kept: positions of the k kept tokens among the n, ascending and unique. `b k`.
+        features: their new features if the method changed any, else None. `b k d`.
+        assignment: for each of the n tokens the slot in 0..k-1 that absorbed it, -1 if dropped; None means that every
+            token but the kept ones was dropped. `b n`.
+        stats: numbers for the record.
+    """
+
+    kept: Int[Tensor, "b k"]
+    features: Float[Tensor, "b k d"] | None = None
+    assignment: Int[Tensor, "b n"] | None = None
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(ABC):
+    """Turns `VisualTokens` into `PrunedTokens`; configuration, repr and cache key at once.
+
+    Attributes:
+        num_tokens: visual tokens to keep per image; give this or `keep_ratio`.
+        keep_ratio: share of the visual tokens to keep per image, in (0, 1].
+    """
+
+    num_tokens: int | None = None
+    keep_ratio: float | None = None
+
+    requires: ClassVar[frozenset[Signal]] = frozenset()
+    """Signals that the tokens must carry; a missing one raises, never degrades."""
+    optional: ClassVar[frozenset[Signal]] = frozenset()
+    """Signals that the method uses where they exist."""
+
+    def __post_init__(self) -> None:
+        Budget(self.num_tokens, self.keep_ratio)
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.num_tokens, self.keep_ratio)
+
+    def encoder_stages(self, num_original: int, num_layers: int) -> tuple[EncoderStage, ...]:
+        """In-encoder reductions for an image of `num_original` tokens and an encoder whose features leave layer
+        `num_layers - 1`; empty for methods that work after the encoder, and always if the budget prunes nothing."""
+        return ()
+
+    @abstractmethod
+    def prune(self, tokens: VisualTokens, k: int) -> Selection:
+        """What a method writes: keep exactly k of the n > k tokens. Every row has at least k tokens to choose from.
+
+        It runs with autocast off. Padding is zero and masked; a row with fewer than k real tokens comes with its first
+        padded ones marked real, and all of those are masked again in what `__call__` returns.
+        """
+
+    @final
+    def __call__(self, tokens: VisualTokens) -> PrunedTokens:
+        """Prunes a batch of images.
+
+        Every row keeps min(k, its real tokens) of them; the slots it cannot fill come last, masked, with index -1 and
+        zero features.
+
+        Raises:
+            InvalidInputError: features, attention or text hold NaN or inf.
+            MissingSignalError: the tokens lack a signal that this pruner needs.
+        """
+        self._guard(tokens)
+        k = self.budget.resolve(tokens.num_original)
+        n = tokens.features.shape[1]
+        if k >= n:
+            return PrunedTokens(
+                features=tokens.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0),
+                indices=tokens.indices.masked_fill(~tokens.mask, -1),
+                mask=tokens.mask,
+                assignment=tokens.assignment,
+                stats={},
+            )
+        offered = replace(
+            tokens,
+            features=tokens.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0),
+            mask=_offer_at_least(tokens.mask, k),
+        )
+        with torch.autocast(tokens.features.device.type, enabled=False):
+            chosen = _padding_last(self.prune(offered, k), tokens.mask)
+        real = tokens.mask.gather(1, chosen.kept)
+        features = gather_tokens(offered.features, chosen.kept) if chosen.features is None else chosen.features
+        return PrunedTokens(
+            features=features.masked_fill(~real.unsqueeze(-1), 0.0),
+            indices=tokens.indices.gather(1, chosen.kept).masked_fill(~real, -1),
+            mask=real,
+            assignment=compose_assignments(tokens.assignment, _assignment(chosen, n).masked_fill(~tokens.mask, -1)),
+            stats=chosen.stats,
+        )
+
+    def _guard(self, tokens: VisualTokens) -> None:
+        missing = sorted(signal.value for signal in self.requires if not has_signal(tokens, signal))
+        if missing:
+            raise missing_signals(type(self).__name__, *missing)
+        attention = None if tokens.encoder is None else tokens.encoder.cls_attention
+        read = {"visual features": tokens.features, "[CLS] attention": attention, "question's embeddings": tokens.text}
+        for name, values in read.items():
+            if values is not None and not torch.isfinite(values).all():
+                raise InvalidInputError(
+                    f"the {name} hold NaN or inf, so no selection is meaningful; check the image and the model's dtype"
+                )
+
+
+class SelectionPruner(Pruner):
+    """A method that only chooses tokens: write `select`, features stay as they are."""
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
+        """Positions of the k kept tokens, in any order, unique, never padding."""
+
+    @final
+    def prune(self, tokens: VisualTokens, k: int) -> Selection:
+        return Selection(kept=self.select(tokens, k).sort(dim=1).values)
+
+
+class ScorePruner(Pruner):
+    """A method that scores each token by itself and keeps the best: write `score`."""
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens) -> Float[Tensor, "b n"]:
+        """Higher is kept; ties go to the earlier token."""
+
+    @final
+    def prune(self, tokens: VisualTokens, k: int) -> Selection:
+        scores = self.score(tokens)
+        return Selection(kept=masked_topk(scores, tokens.mask, k), stats={"scores": scores})
+
+
+def has_signal(tokens: VisualTokens, signal: Signal) -> bool:
+    """Whether `tokens` carry `signal`."""
+    match signal:
+        case Signal.ENCODER_FEATURES:
+            return tokens.encoder is not None
+        case Signal.CLS_ATTENTION:
+            return tokens.encoder is not None and tokens.encoder.cls_attention is not None
+        case Signal.KEYS:
+            return tokens.encoder is not None and tokens.encoder.keys is not None
+        case Signal.TEXT:
+            return tokens.text is not None
+
+
+def missing_signals(pruner: str, *signals: str) -> MissingSignalError:
+    """The error for a pruner that needs signals which the tokens do not carry."""
+    return MissingSignalError(
+        f"{pruner} needs {', '.join(signals)}, which these tokens do not carry; "
+        "use a model whose adapter provides it, or another pruner"
+    )
+
+
+def _offer_at_least(mask: Bool[Tensor, "b n"], k: int) -> Bool[Tensor, "b n"]:
+    """The mask, with the first padded tokens of rows that have fewer than k real ones marked real."""
+    missing = k - mask.sum(dim=1, keepdim=True)
+    return mask | ((~mask).cumsum(dim=1) <= missing)
+
+
+def _padding_last(chosen: Selection, mask: Bool[Tensor, "b n"]) -> Selection:
+    """The same selection with padded slots moved to the end; nothing moves in rows without any."""
+    padded = ~mask.gather(1, chosen.kept)
+    order = padded.to(torch.uint8).argsort(dim=1, stable=True)  # old slot of each new slot
+    assignment = chosen.assignment
+    if assignment is not None:
+        renamed = order.argsort(dim=1)  # new slot of each old slot
+        assignment = compose_assignments(assignment, renamed)
+    features = None if chosen.features is None else gather_tokens(chosen.features, order)
+    return replace(chosen, kept=chosen.kept.gather(1, order), features=features, assignment=assignment)
+
+
+def _assignment(chosen: Selection, n: int) -> Int[Tensor, "b n"]:
+    if chosen.assignment is not None:
+        return chosen.assignment
+    b, k = chosen.kept.shape
+    slots = torch.arange(k, device=chosen.kept.device).expand(b, k)
+    return torch.full((b, n), -1, dtype=torch.long, device=chosen.kept.device).scatter(1, chosen.kept, slots)

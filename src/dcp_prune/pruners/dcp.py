@@ -1,0 +1,432 @@
+"""DCP-Prune (arXiv 2606.16633): recover anchors inside the encoder, re-select by text where too much would be lost.
+
+An independent implementation: the paper's overview figure gives the parts, their order and their names; every formula
+is this project's own reading, and every choice in it a field of `DCPPruner`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dcp_prune.errors import InvalidInputError
+from dcp_prune.functional.clustering import assign, facility_location, reselect
+from dcp_prune.functional.distribution import DISTANCES, kappa
+from dcp_prune.functional.graph import context_to_anchor_graph, propagate
+from dcp_prune.functional.relevance import (
+    smooth_over_lookalikes,
+    token_relevance,
+    word_confidence,
+    word_similarity,
+    word_strength,
+)
+from dcp_prune.functional.selection import farthest_point, masked_topk
+from dcp_prune.functional.similarity import cosine_similarity, gather_tokens, scale_to_peak
+from dcp_prune.pruners.base import EncoderStage, Pruner, Selection, missing_signals
+from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
+
+Partition = Literal["farthest", "coverage", "saliency"]
+Centres = Literal["facility_location", "k_center"]
+Gate = Literal["confidence", "none"]
+Space = Literal["language", "encoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorContextStage(EncoderStage):
+    """Anchor-Context Graph Recovery (ACGR) after one encoder layer: keep the anchors, hand them the context, go on.
+
+    Attributes:
+        layer: 0-based encoder layer whose output is reduced.
+        num_tokens: anchors to keep, m.
+        anchors, recovery, neighbours, temperature, sigma, rescale: as the fields of `DCPPruner` of these names
+            (`temperature` and `sigma` there begin with `graph_`).
+    """
+
+    requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION})
+
+    layer: int
+    num_tokens: int
+    anchors: Partition
+    recovery: float
+    neighbours: int
+    temperature: float
+    sigma: float | None
+    rescale: bool
+
+    def reduce(self, tokens: EncoderTokens) -> EncoderReduction:
+        """Keeps m of n tokens, `b n v` -> `b m v`; the strongest anchor of each context is its `assignment`.
+
+        Raises:
+            MissingSignalError: the tokens carry no [CLS] attention.
+        """
+        if tokens.cls_attention is None:
+            raise missing_signals(type(self).__name__, Signal.CLS_ATTENTION)
+        with torch.autocast(tokens.features.device.type, enabled=False):
+            with torch.no_grad():
+                similarity = None if self.anchors == "saliency" else cosine_similarity(tokens.features)
+                anchors = partition(self.anchors, self.num_tokens, similarity, tokens.cls_attention, None)
+                graph = context_to_anchor_graph(
+                    tokens.features,
+                    tokens.positions,
+                    anchors,
+                    neighbours=self.neighbours,
+                    temperature=self.temperature,
+                    sigma=self.sigma,
+                )
+            features = propagate(
+                tokens.features,
+                graph,
+                strength=self.recovery,
+                importance=tokens.cls_attention,
+                rescale=self.rescale,
+            )
+            with torch.no_grad():
+                shift = kappa(features, tokens.features)
+        return EncoderReduction(features, anchors, graph.assignment(), {"kappa": shift})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCPPruner(Pruner):
+    """DCP-Prune: ACGR stages inside the encoder, then TATCS, text-aware token cluster selection, after it.
+
+    After the encoder a cheap first choice is made. If the full set's distance to it exceeds `threshold`, the tokens are
+    selected anew: k representatives that cover what is salient and what the question speaks of, the clusters around
+    them, and from each cluster the member that stands for it best. Without a question it covers the image alone.
+
+    `stats` of the result: `kappa` (of the kept tokens against all n, `b`), `distance` (the trigger's, of the first
+    choice, `b`), `reselected` (`b`), `scores` (how much each token asks to be covered, `b n`), and with a question
+    `relevance` (`b n`) and `confidence` (of its surest word, `b`).
+
+    Attributes:
+        num_tokens: visual tokens to keep per image; give this or `keep_ratio`.
+        keep_ratio: share of the visual tokens to keep per image, in (0, 1].
+
+        schedule: ACGR stages as pairs (after, keep), strictly decreasing in what they keep. `after` is a 0-based layer,
+            or as a float the share of the encoder's depth that has passed; `keep` is a count, or as a float a share of
+            the image's tokens, raised to the budget where it lies below. Shares fit every encoder: a stage that has
+            nothing left to drop, or no layer of its own, is left out. () prunes after the encoder only.
+        anchors: how a stage chooses its anchors: `farthest` (farthest-point sampling), `coverage` (saliency times
+            marginal coverage; slow for many anchors) or `saliency` (top-m by [CLS] attention).
+        recovery: lambda, how strongly contexts are poured into their anchors; 0 only drops them.
+        neighbours: anchors that share one context, r.
+        graph_temperature: of the cosines in the context-to-anchor graph.
+        graph_sigma: reach of the graph's spatial term in patches; None leaves it out.
+        rescale: recovered anchors keep their old norm.
+
+        first_choice: rule of the first choice after the encoder, one of those of `anchors`.
+        trigger: distance between first choice and all tokens that decides on re-selection, a name in
+            `functional.distribution.DISTANCES`. `coverage` is weighted by saliency and question, the others are not.
+        threshold: re-select where the distance is above it; 0 always re-selects, inf never.
+
+        space: features in which tokens are alike: the `language` model's (after the projector) or the `encoder`'s.
+        centres: how cluster centres are found: `facility_location` or `k_center` (farthest point).
+        coverage_weight: every token's share in the weights w = coverage_weight + saliency_weight * saliency
+            + text_weight * relevance ** relevance_power; above 0, so that no question can hide the image.
+        saliency_weight: of the [CLS] attention, scaled to a peak of 1; without such attention the term is 0.
+        text_weight: of the question's relevance, in [0, 1].
+        relevance_power: sharpens relevance; at least 1 favours the few tokens that match best.
+        relevance_smoothing: temperature at which tokens that look alike share their cosines to words; 0 is off.
+        gate: `confidence` weighs each word by how far its best token stands out from the rest, so that a word without
+            a counterpart in the image says nothing; `none` weighs words by their best cosine, so that the strongest
+            word always counts in full.
+        confidence_margin: standard deviations beyond chance before a word counts; negative trusts words earlier.
+        confidence_span: standard deviations from no confidence to full confidence.
+        confidence_robust: measure by median and median absolute deviation, for things that fill much of the image.
+        text_affinity: a, the share of "speaks to the same words" in the similarity that forms clusters, in [0, 1];
+            scaled by the confidence of the surest word.
+        reselect_members: choose each cluster's best member; False keeps the centres.
+        member_relevance: b, bonus of a member's relevance.
+        member_saliency: c, bonus of a member's saliency.
+
+    Raises:
+        InvalidInputError: a field outside its range, in one sentence.
+    """
+
+    optional: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES, Signal.TEXT})
+
+    schedule: tuple[tuple[int | float, int | float], ...] = ((0.5, 0.5), (0.75, 0.25))
+    anchors: Partition = "farthest"
+    recovery: float = 0.0
+    neighbours: int = 4
+    graph_temperature: float = 0.1
+    graph_sigma: float | None = 4.0
+    rescale: bool = True
+
+    first_choice: Partition = "farthest"
+    trigger: str = "coverage"
+    threshold: float = 0.0
+
+    space: Space = "language"
+    centres: Centres = "facility_location"
+    coverage_weight: float = 0.1
+    saliency_weight: float = 1.0
+    text_weight: float = 3.0
+    relevance_power: float = 3.0
+    relevance_smoothing: float = 0.0
+    gate: Gate = "confidence"
+    confidence_margin: float = 0.0
+    confidence_span: float = 4.0
+    confidence_robust: bool = False
+    text_affinity: float = 0.2
+    reselect_members: bool = True
+    member_relevance: float = 0.5
+    member_saliency: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("anchors", get_args(Partition)),
+            ("first_choice", get_args(Partition)),
+            ("trigger", tuple(DISTANCES)),
+            ("space", get_args(Space)),
+            ("centres", get_args(Centres)),
+            ("gate", get_args(Gate)),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, name, f"be one of {', '.join(choices)}", value)
+        for name in ("recovery", "saliency_weight", "text_weight", "relevance_smoothing", "member_relevance"):
+            _require(
+                _number(getattr(self, name)) and getattr(self, name) >= 0, name, "be at least 0", getattr(self, name)
+            )
+        for name in ("member_saliency",):
+            _require(
+                _number(getattr(self, name)) and getattr(self, name) >= 0, name, "be at least 0", getattr(self, name)
+            )
+        for name in ("graph_temperature", "coverage_weight", "relevance_power", "confidence_span"):
+            _require(_number(getattr(self, name)) and getattr(self, name) > 0, name, "be above 0", getattr(self, name))
+        sigma, a, r = self.graph_sigma, self.text_affinity, self.neighbours
+        _require(sigma is None or (_number(sigma) and sigma > 0), "graph_sigma", "be above 0 or None", sigma)
+        _require(_number(a) and 0 <= a <= 1, "text_affinity", "lie in [0, 1]", a)
+        _require(_whole(r) and r >= 1, "neighbours", "be a whole number of at least 1", r)
+        _require(_number(self.confidence_margin), "confidence_margin", "be a finite number", self.confidence_margin)
+        endless = self.threshold == math.inf
+        _require(
+            endless or (_number(self.threshold) and self.threshold >= 0), "threshold", "be at least 0", self.threshold
+        )
+        object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
+
+    def encoder_stages(self, num_original: int, num_layers: int) -> tuple[EncoderStage, ...]:
+        """The ACGR stages for an image of `num_original` tokens and an encoder of `num_layers` layers in use.
+
+        Raises:
+            InvalidInputError: a layer given as a number has no layer after it, a count lies below the budget, or a mix
+                of numbers and shares is out of order.
+        """
+        k = self.budget.resolve(num_original)
+        stages: list[AnchorContextStage] = []
+        for after, keep in self.schedule:
+            layer = after if isinstance(after, int) else min(max(_half_up(after * num_layers), 1), num_layers - 1) - 1
+            num_tokens = keep if isinstance(keep, int) else max(_half_up(keep * num_original), k)
+            if k >= num_original or num_tokens >= (stages[-1].num_tokens if stages else num_original) or layer < 0:
+                continue
+            if layer > num_layers - 2:
+                raise InvalidInputError(
+                    f"schedule prunes after encoder layer {layer}, but the features leave layer {num_layers - 1} and a "
+                    f"stage needs a layer behind it; choose a layer of at most {num_layers - 2}"
+                )
+            if num_tokens < k:
+                raise InvalidInputError(
+                    f"schedule keeps {num_tokens} tokens after encoder layer {layer}, below the budget of {k}; "
+                    "keep more there, or give a share, which is raised to the budget"
+                )
+            if stages and layer == stages[-1].layer:
+                stages.pop()  # a shallow encoder has one layer for two shares: the later stage does the work of both
+            if stages and layer < stages[-1].layer:
+                raise InvalidInputError(
+                    f"schedule prunes after layer {stages[-1].layer} and then after layer {layer}; sort it by depth"
+                )
+            stages.append(
+                AnchorContextStage(
+                    layer=layer,
+                    num_tokens=num_tokens,
+                    anchors=self.anchors,
+                    recovery=self.recovery,
+                    neighbours=self.neighbours,
+                    temperature=self.graph_temperature,
+                    sigma=self.graph_sigma,
+                    rescale=self.rescale,
+                )
+            )
+        return tuple(stages)
+
+    @torch.no_grad()
+    def prune(self, tokens: VisualTokens, k: int) -> Selection:
+        visual = self._visual_features(tokens)
+        similarity = cosine_similarity(visual)
+        attention = None if tokens.encoder is None else tokens.encoder.cls_attention
+        saliency = None if attention is None else scale_to_peak(attention, tokens.mask)
+        cosines, words = self._read_question(tokens, similarity)
+        relevance = None if cosines is None or words is None else token_relevance(cosines, words)
+        weights = self._weights(tokens, saliency, relevance)
+
+        # Both choices are always made and one is taken: shapes stay static and the host never waits for the device.
+        first = partition(self.first_choice, k, similarity, saliency, tokens.mask)
+        distance = DISTANCES[self.trigger](
+            gather_tokens(visual, first),
+            visual,
+            full_mask=tokens.mask,
+            weights=weights if self.trigger == "coverage" else None,
+        )
+        severe = distance > self.threshold
+        affinity = similarity if cosines is None or words is None else self._affinity(similarity, cosines, words)
+        again = self._cluster_selection(similarity, affinity, weights, saliency, relevance, tokens.mask, k)
+        kept = torch.where(severe.unsqueeze(1), again, first)
+
+        stats = {
+            "kappa": kappa(gather_tokens(visual, kept), visual, full_mask=tokens.mask),
+            "distance": distance,
+            "reselected": severe,
+            "scores": weights,
+        }
+        if words is not None and relevance is not None:
+            stats |= {"relevance": relevance, "confidence": words.amax(dim=1)}
+        return Selection(kept=kept, assignment=assign(affinity, kept, tokens.mask), stats=stats)
+
+    def _visual_features(self, tokens: VisualTokens) -> Float[Tensor, "b n d"]:
+        if self.space == "language":
+            return tokens.features
+        if tokens.encoder is None:
+            raise missing_signals(f"{type(self).__name__} with space='encoder'", Signal.ENCODER_FEATURES)
+        return tokens.encoder.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
+
+    def _read_question(
+        self, tokens: VisualTokens, similarity: Float[Tensor, "b n n"]
+    ) -> tuple[Float[Tensor, "b n t"] | None, Float[Tensor, "b t"] | None]:
+        """Cosines of tokens to words, and how much each word is to be trusted; None without a question."""
+        if tokens.text is None or tokens.text.shape[1] == 0:
+            return None, None
+        cosines = word_similarity(tokens.features, tokens.text, mask=tokens.mask, text_mask=tokens.text_mask)
+        if self.relevance_smoothing > 0:
+            cosines = smooth_over_lookalikes(cosines, similarity, self.relevance_smoothing, tokens.mask)
+        if self.gate == "none":
+            return cosines, word_strength(cosines)
+        confidence = word_confidence(
+            cosines,
+            mask=tokens.mask,
+            text_mask=tokens.text_mask,
+            margin=self.confidence_margin,
+            span=self.confidence_span,
+            robust=self.confidence_robust,
+        )
+        return cosines, confidence
+
+    def _weights(
+        self, tokens: VisualTokens, saliency: Float[Tensor, "b n"] | None, relevance: Float[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n"]:
+        weights = torch.full_like(tokens.mask, self.coverage_weight, dtype=torch.float32)
+        if saliency is not None:
+            weights = weights + self.saliency_weight * saliency
+        if relevance is not None:
+            weights = weights + self.text_weight * relevance**self.relevance_power
+        return weights.masked_fill(~tokens.mask, 0.0)
+
+    def _affinity(
+        self, similarity: Float[Tensor, "b n n"], cosines: Float[Tensor, "b n t"], words: Float[Tensor, "b t"]
+    ) -> Float[Tensor, "b n n"]:
+        """(1 - a) cos(z_i, z_j) + a cos(q_i, q_j), where a falls with the confidence of the surest word."""
+        if self.text_affinity == 0:
+            return similarity
+        a = self.text_affinity * words.amax(dim=1)[:, None, None]
+        return (1.0 - a) * similarity + a * cosine_similarity(cosines * words.unsqueeze(1))
+
+    def _cluster_selection(
+        self,
+        similarity: Float[Tensor, "b n n"],
+        affinity: Float[Tensor, "b n n"],
+        weights: Float[Tensor, "b n"],
+        saliency: Float[Tensor, "b n"] | None,
+        relevance: Float[Tensor, "b n"] | None,
+        mask: Bool[Tensor, "b n"],
+        k: int,
+    ) -> Int[Tensor, "b k"]:
+        """TATCS: centres, clusters around them, the best member of each cluster; ascending."""
+        if self.centres == "facility_location":
+            centres = facility_location(similarity, k, demand=weights, mask=mask)
+        else:
+            centres = farthest_point(similarity, k, weights=weights, mask=mask)
+        if not self.reselect_members:
+            return centres.sort(dim=1).values
+        bonus = torch.zeros_like(weights)
+        if relevance is not None:
+            bonus = bonus + self.member_relevance * relevance
+        if saliency is not None:
+            bonus = bonus + self.member_saliency * saliency
+        clusters = assign(affinity, centres, mask)
+        return reselect(affinity, clusters, k, bonus=bonus).sort(dim=1).values
+
+
+def partition(
+    rule: Partition,
+    m: int,
+    similarity: Float[Tensor, "b n n"] | None,
+    saliency: Float[Tensor, "b n"] | None,
+    mask: Bool[Tensor, "b n"] | None,
+) -> Int[Tensor, "b m"]:
+    """Splits tokens into m anchors and the rest; ascending positions of the anchors.
+
+    Args:
+        rule: `farthest`, `coverage` or `saliency`, as in `DCPPruner.anchors`.
+        m: anchors to choose.
+        similarity: cosines; not needed by `saliency`.
+        saliency: non-negative; needed by `saliency`, used by `coverage` if there is any.
+        mask: False marks padding.
+
+    Raises:
+        MissingSignalError: the rule `saliency` without saliency.
+    """
+    if rule == "saliency":
+        if saliency is None:
+            raise missing_signals("the partition rule 'saliency'", Signal.CLS_ATTENTION)
+        return masked_topk(saliency, mask, m)
+    assert similarity is not None
+    if rule == "coverage":
+        return facility_location(similarity, m, merit=saliency, mask=mask).sort(dim=1).values
+    return farthest_point(similarity, m, mask=mask).sort(dim=1).values
+
+
+def _checked_schedule(
+    schedule: Sequence[Sequence[int | float]],
+) -> tuple[tuple[int | float, int | float], ...]:
+    """The schedule as tuples, with all checked that can be without an image and an encoder."""
+    advice = "be pairs (after, keep), each a whole number or a share in (0, 1), such as ((0.5, 0.5), (0.75, 0.25))"
+    _require(isinstance(schedule, Sequence) and not isinstance(schedule, str), "schedule", advice, schedule)
+    pairs: list[tuple[int | float, int | float]] = []
+    for pair in schedule:
+        good = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        _require(good, "schedule", advice, schedule)
+        after, keep = pair
+        _require((_whole(after) and after >= 0) or (_fraction(after)), "schedule", advice, schedule)
+        _require((_whole(keep) and keep >= 1) or (_fraction(keep)), "schedule", advice, schedule)
+        pairs.append((after, keep))
+    for (after, keep), (later, fewer) in pairwise(pairs):
+        sorted_ = (type(after) is not type(later) or after < later) and (type(keep) is not type(fewer) or keep > fewer)
+        _require(sorted_, "schedule", "go strictly deeper and keep strictly fewer tokens from pair to pair", schedule)
+    return tuple(pairs)
+
+
+def _half_up(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _fraction(value: object) -> bool:
+    return isinstance(value, float) and 0.0 < value < 1.0
+
+
+def _require(holds: bool, field: str, rule: str, value: object) -> None:
+    if not holds:
+        raise InvalidInputError(f"DCPPruner: {field} must {rule}, got {value!r}")

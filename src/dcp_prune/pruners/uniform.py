@@ -1,0 +1,50 @@
+"""A regular grid of tokens: the floor for methods that look at the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformPruner(SelectionPruner):
+    """Keeps k tokens spread evenly over the image's 2-D grid, whatever they show.
+
+    About sqrt(k) evenly spaced lines share the k points; each point takes the nearest token that is still free, so that
+    exactly k are kept also where k is no product, or where part of the grid is padding.
+    """
+
+    def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
+        positions, inside = tokens.positions.float(), tokens.mask.unsqueeze(-1)
+        low = positions.masked_fill(~inside, torch.inf).amin(dim=1)
+        size = positions.masked_fill(~inside, -torch.inf).amax(dim=1) - low + 1.0
+        targets = low.unsqueeze(1) - 0.5 + even_lattice(k, size[:, 0] / size[:, 1]) * size.unsqueeze(1)
+        distance = (targets.unsqueeze(2) - positions.unsqueeze(1)).square().sum(dim=-1)  # b k n
+        distance = distance.masked_fill(~tokens.mask.unsqueeze(1), torch.inf)
+        picks: list[Tensor] = []
+        taken = torch.zeros_like(distance[:, 0])
+        for point in range(k):
+            pick = (distance[:, point] + taken).argmin(dim=1, keepdim=True)
+            picks.append(pick)
+            taken = taken.scatter(1, pick, torch.inf)
+        return torch.cat(picks, dim=1)
+
+
+def even_lattice(k: int, aspect: Float[Tensor, "b"]) -> Float[Tensor, "b k 2"]:
+    """The k points (row, col) of a lattice in the unit square, on even lines that share them as evenly as k allows.
+
+    Args:
+        k: number of points.
+        aspect: height over width of each image, to which the number of lines is fitted. `b`.
+    """
+    point = torch.arange(k, device=aspect.device)
+    lines = (k * aspect).sqrt().round().long().clamp(1, k).unsqueeze(1)
+    line = ((point + 1) * lines - 1) // k
+    first, following = line * k // lines, (line + 1) * k // lines
+    return torch.stack(((line + 0.5) / lines, (point - first + 0.5) / (following - first)), dim=-1)

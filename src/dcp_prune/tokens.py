@@ -1,0 +1,176 @@
+"""The vocabulary that every file speaks: what a pruner sees, what it returns, what it may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Signal(StrEnum):
+    """What a pruner may require beside the features; an adapter captures what is asked for and nothing more."""
+
+    ENCODER_FEATURES = "encoder.features"
+    """Features as they leave the vision encoder, before the projector (`EncoderTokens.features`)."""
+    CLS_ATTENTION = "encoder.cls_attention"
+    """Attention that [CLS] pays to each token at the feature layer (`EncoderTokens.cls_attention`)."""
+    KEYS = "encoder.keys"
+    """Attention keys of the feature layer, averaged over heads (`EncoderTokens.keys`)."""
+    TEXT = "text"
+    """Embeddings of the question's words in the language model's space (`VisualTokens.text`)."""
+
+
+@dataclass(frozen=True)
+class EncoderTokens:
+    """Visual tokens inside or right after the vision encoder, [CLS] excluded.
+
+    Attributes:
+        features: hidden states. `b n v`.
+        positions: (row, col) on the image grid, in patch units. `b n 2`.
+        indices: position of each token among the original tokens of its image, ascending. `b n`.
+        cls_attention: attention that [CLS] pays to each token, averaged over heads; sums to less than 1 since
+            the [CLS]-to-[CLS] share is left out. `b n`, or None if nobody asked for it.
+        keys: attention keys averaged over heads. `b n c`, or None if nobody asked for them.
+    """
+
+    features: Float[Tensor, "b n v"]
+    positions: Float[Tensor, "b n 2"]
+    indices: Int[Tensor, "b n"]
+    cls_attention: Float[Tensor, "b n"] | None = None
+    keys: Float[Tensor, "b n c"] | None = None
+
+
+@dataclass(frozen=True)
+class EncoderReduction:
+    """What an `EncoderStage` did to n tokens: which m it kept, what they now hold, who absorbed whom.
+
+    Attributes:
+        features: the kept tokens' new hidden states. `b m v`.
+        kept: ascending positions of the kept tokens among the stage's n inputs. `b m`.
+        assignment: for each of the n inputs the slot in 0..m-1 that absorbed it, -1 if it was dropped. `b n`.
+        stats: numbers for the per-call record, e.g. run-time kappa `b`.
+    """
+
+    features: Float[Tensor, "b m v"]
+    kept: Int[Tensor, "b m"]
+    assignment: Int[Tensor, "b n"]
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What a pruner sees: the visual tokens after the projector, as the language model would read them.
+
+    After in-encoder stages only the n survivors are left; `indices`, `num_original` and `assignment` tell where they
+    came from. Without such stages `indices` counts 0..n-1 and `assignment` is the identity.
+
+    Attributes:
+        features: `b n d`.
+        mask: False marks padding. `b n`.
+        positions: (row, col) on the image grid, in patch units. `b n 2`.
+        indices: position of each token among the original tokens of its image, ascending. `b n`.
+        num_original: number of visual tokens before any stage, N.
+        assignment: original token -> slot in 0..n-1 that absorbed it so far, -1 if dropped. `b N`.
+        encoder: the same tokens before the projector, with the signals that were asked for.
+        text: word embeddings of the question. `b t d`.
+        text_mask: False marks padding in `text`. `b t`.
+    """
+
+    features: Float[Tensor, "b n d"]
+    mask: Bool[Tensor, "b n"]
+    positions: Float[Tensor, "b n 2"]
+    indices: Int[Tensor, "b n"]
+    num_original: int
+    assignment: Int[Tensor, "b N"]
+    encoder: EncoderTokens | None = None
+    text: Float[Tensor, "b t d"] | None = None
+    text_mask: Bool[Tensor, "b t"] | None = None
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Float[Tensor, "b n d"],
+        *,
+        grid: tuple[int, int] | None = None,
+        mask: Bool[Tensor, "b n"] | None = None,
+        cls_attention: Float[Tensor, "b n"] | None = None,
+        encoder_features: Float[Tensor, "b n v"] | None = None,
+        keys: Float[Tensor, "b n c"] | None = None,
+        text: Float[Tensor, "b t d"] | None = None,
+        text_mask: Bool[Tensor, "b t"] | None = None,
+    ) -> VisualTokens:
+        """Builds unpruned tokens in raster order from plain tensors.
+
+        Args:
+            features: `b n d`.
+            grid: (rows, cols) of the image in patches; default: the square of n tokens, or one row if n is no square.
+            mask: False marks padding; default: no padding.
+            cls_attention, encoder_features, keys: signals of the encoder, where the pruner requires them.
+            text, text_mask: the question's word embeddings and their padding mask.
+
+        Raises:
+            ValueError: if rows * cols differs from n.
+        """
+        b, n, _ = features.shape
+        side = round(n**0.5)
+        rows, cols = grid or ((side, side) if side * side == n else (1, n))
+        if rows * cols != n:
+            raise ValueError(
+                f"a grid of {rows} x {cols} patches does not hold {n} visual tokens; give grid=(rows, cols)"
+            )
+        order = torch.arange(n, device=features.device)
+        indices = order.expand(b, n)
+        positions = torch.stack((order // cols, order % cols), dim=-1).to(torch.float32).expand(b, n, 2)
+        has_encoder = cls_attention is not None or encoder_features is not None or keys is not None
+        encoder = (
+            EncoderTokens(
+                features=features if encoder_features is None else encoder_features,
+                positions=positions,
+                indices=indices,
+                cls_attention=cls_attention,
+                keys=keys,
+            )
+            if has_encoder
+            else None
+        )
+        if text is not None and text_mask is None:
+            text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        return cls(
+            features=features,
+            mask=torch.ones(b, n, dtype=torch.bool, device=features.device) if mask is None else mask,
+            positions=positions,
+            indices=indices,
+            num_original=n,
+            assignment=indices,
+            encoder=encoder,
+            text=text,
+            text_mask=text_mask,
+        )
+
+
+@dataclass(frozen=True)
+class PrunedTokens:
+    """What a pruner returns: enough for the model, for the metric and for the picture.
+
+    Attributes:
+        features: `b k d`; zero in padded slots.
+        indices: ascending positions among the ORIGINAL tokens of the image; -1 in padded slots. `b k`.
+        mask: False marks padded slots, which come last and only in rows with fewer than k real tokens. `b k`.
+        assignment: original token -> slot in 0..k-1 that absorbed it or stands for it, -1 if it was dropped. `b N`.
+        stats: per-call numbers, e.g. `kappa` `b`, `reselected` `b`, `scores` `b n`.
+    """
+
+    features: Float[Tensor, "b k d"]
+    indices: Int[Tensor, "b k"]
+    mask: Bool[Tensor, "b k"]
+    assignment: Int[Tensor, "b N"]
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def compose_assignments(first: Int[Tensor, "b N"], then: Int[Tensor, "b n"]) -> Int[Tensor, "b N"]:
+    """Follows tokens through two assignments (original -> survivor -> slot); one dropped on the way stays -1."""
+    return torch.where(first < 0, first, then.gather(1, first.clamp(min=0)))
