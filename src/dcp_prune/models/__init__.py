@@ -1,0 +1,5 @@
+"""Adapters: the only place that knows a model architecture. Adapters know no pruner."""
+
+from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction, get_adapter, supported_architectures
+
+__all__ = ["EncodedImages", "ModelAdapter", "Reduction", "get_adapter", "supported_architectures"]

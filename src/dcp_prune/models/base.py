@@ -1,0 +1,185 @@
+"""What an adapter tells an integration about a model, and how the adapter of a model is found."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dcp_prune.errors import InvalidInputError, UnsupportedModelError
+from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
+
+_ADAPTERS = {"LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter"}
+"""Name of the model's class -> `module:class` of its adapter, imported when a model asks for it."""
+
+
+class Reduction(Protocol):
+    """A stage inside the encoder as an adapter sees it; `pruners.base.EncoderStage` is one, without an import."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+    requires: ClassVar[frozenset[Signal]]
+
+    def reduce(self, tokens: EncoderTokens) -> EncoderReduction: ...
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images after one pass of the vision encoder and the projector, ready for any number of questions.
+
+    Attributes:
+        tokens: the visual tokens, one row per image, without a question.
+        stages: the in-encoder reductions that were applied.
+        stage_stats: what each stage reported, in the same order.
+    """
+
+    tokens: VisualTokens
+    stages: tuple[Reduction, ...] = ()
+    stage_stats: tuple[Mapping[str, Tensor], ...] = ()
+
+    def select(self, images: Sequence[int] | Int[Tensor, " i"]) -> EncodedImages:
+        """The images at these positions, in this order; repeat a position to ask several questions about one image."""
+        index = torch.as_tensor(images, dtype=torch.long, device=self.tokens.features.device)
+        encoder = self.tokens.encoder
+        tokens = _take_rows(self.tokens, index)
+        return replace(
+            self,
+            tokens=replace(tokens, encoder=None if encoder is None else _take_rows(encoder, index)),
+            stage_stats=tuple(
+                {name: value[index] if value.ndim else value for name, value in stats.items()}
+                for stats in self.stage_stats
+            ),
+        )
+
+
+class ModelAdapter(ABC):
+    """All that an integration has to know about one architecture; stateless, built anew for every call.
+
+    Raises (at construction):
+        UnsupportedModelError: the model is of the right class but set up in a way that the adapter cannot prune.
+    """
+
+    architecture: ClassVar[str]
+    """Name of the model's class."""
+    prunes_in_encoder: ClassVar[bool]
+    """Whether tokens can be dropped between the layers of the encoder."""
+    signals: ClassVar[frozenset[Signal]]
+    """What the encoder can be asked for."""
+    image_inputs: ClassVar[tuple[str, ...]]
+    """Model inputs that describe images and disappear once the images are encoded; the first one holds the pixels."""
+
+    @abstractmethod
+    def __init__(self, model: Any) -> None: ...
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int:
+        """Id of the placeholder that stands for one visual token in the prompt."""
+
+    @property
+    @abstractmethod
+    def num_layers(self) -> int:
+        """Encoder layers up to and including the one whose output becomes the features."""
+
+    @abstractmethod
+    def grid(self, pixel_values: Float[Tensor, "i c y x"] | None = None) -> tuple[int, int]:
+        """(rows, cols) of patches of such images; without images, of those that the model was built for."""
+
+    def check_stages(self, stages: Sequence[Reduction]) -> tuple[Reduction, ...]:
+        """The stages in the order of their layers.
+
+        Raises:
+            InvalidInputError: a stage sits at or past the feature layer, or two stages share a layer.
+        """
+        layers = sorted(stage.layer for stage in stages)
+        if len(set(layers)) < len(layers):
+            raise InvalidInputError(f"two encoder stages share a layer in {layers}; give each stage its own layer")
+        last = self.num_layers - 1
+        for layer in layers:
+            if not 0 <= layer < last:
+                raise InvalidInputError(
+                    f"an encoder stage at layer {layer} is at or past the feature layer {last}, behind which no layer "
+                    f"follows; use layers 0 to {last - 1}"
+                )
+        return tuple(sorted(stages, key=lambda stage: stage.layer))
+
+    @abstractmethod
+    def encode(
+        self,
+        pixel_values: Float[Tensor, "i c y x"],
+        stages: Sequence[Reduction] = (),
+        signals: AbstractSet[Signal] = frozenset(),
+    ) -> EncodedImages:
+        """Runs the encoder with its reductions, then the projector; captures the signals of the feature layer.
+
+        Without stages, the features are bit-equal to those that the model itself would compute.
+
+        Raises:
+            InvalidInputError: see `check_stages`.
+        """
+
+    @abstractmethod
+    def hand_over(self, features: Float[Tensor, "i k d"]) -> dict[str, Any]:
+        """Model inputs that stand in for `image_inputs`: the features as the model's `forward` takes them.
+
+        Built anew on every call, since `generate` rewrites them in place for beams.
+        """
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """Names of the model classes that have an adapter."""
+    return tuple(sorted(_ADAPTERS))
+
+
+def get_adapter(model: Any) -> ModelAdapter:
+    """The adapter of a loaded model, by the name of its class or of a parent class.
+
+    Raises:
+        UnsupportedModelError: no adapter, an encoder-decoder model, tensor parallelism, or whatever the adapter
+            itself cannot prune.
+    """
+    names = [cls.__name__ for cls in type(model).__mro__]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{names[0]} is an encoder-decoder model, whose decoder reads images by cross-attention, not as prompt "
+            f"tokens that could be dropped; use one of: {', '.join(supported_architectures())}"
+        )
+    target = next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
+    if target is None:
+        raise UnsupportedModelError(_no_adapter(model, names[0]))
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise UnsupportedModelError(
+            f"{names[0]} is sharded by tensor parallelism, where each rank holds only some attention heads; "
+            "load it without tp_plan (device_map='auto' works)"
+        )
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)(model)
+
+
+def _no_adapter(model: Any, name: str) -> str:
+    inner = getattr(model, "_orig_mod", None)
+    if inner is not None:
+        return f"{name} wraps a {type(inner).__name__}; attach to that model first and compile it afterwards"
+    supported = supported_architectures()
+    near = difflib.get_close_matches(name, supported, n=1)
+    hint = f"; the nearest is {near[0]}" if near else ""
+    return f"{name} has no adapter for visual-token pruning; supported: {', '.join(supported)}{hint}"
+
+
+def _take_rows(tokens: Any, index: Int[Tensor, " i"]) -> Any:
+    """A tokens dataclass with every tensor indexed along its batch dimension."""
+    taken: dict[str, Collection[Any] | Tensor] = {
+        field.name: value[index] for field in fields(tokens) if isinstance(value := getattr(tokens, field.name), Tensor)
+    }
+    return replace(tokens, **taken)
