@@ -42,14 +42,13 @@ def facility_location(
     # gives the next one, so neither cover nor S is needed again.
     left = similarity.clamp(min=0.0)
     picks: list[Tensor] = []
-    for step in range(k):
+    for _ in range(k):
         gain = (need @ left).squeeze(1)
         gain = gain if merit is None else gain * merit
         pick = (gain + open_).argmax(dim=1, keepdim=True)
         picks.append(pick)
-        if step + 1 < k:
-            open_ = open_.scatter(1, pick, -torch.inf)
-            left.sub_(left.gather(2, pick.unsqueeze(1).expand(b, n, 1))).clamp_(min=0.0)
+        open_ = open_.scatter(1, pick, -torch.inf)
+        left.sub_(left.gather(2, pick.unsqueeze(1).expand(b, n, 1))).clamp_(min=0.0)
     return torch.cat(picks, dim=1)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.functional.similarity import cosine_similarity
+from dcp_prune.functional.similarity import cosine_similarity, gather_tokens
 
 Direction = Literal["forward", "reverse", "symmetric"]
 
@@ -65,10 +65,10 @@ def kappa(
     """
     if direction not in ("forward", "reverse", "symmetric"):
         raise InvalidInputError(f"direction must be forward, reverse or symmetric, got {direction!r}")
-    mean_k, var_k, _ = _moments(kept, kept_mask, None)
-    mean_f, var_f, resolution = _moments(full, full_mask, weights)
-    # The second term is far below the first unless all tokens are equal: then float32 rounding must not count as shift.
-    eps = (1e-6 * var_f.mean(dim=1, keepdim=True) + resolution).clamp(min=torch.finfo(torch.float32).tiny)
+    origin = _origin(full, full_mask)
+    mean_k, var_k = _moments(kept, kept_mask, None, origin)
+    mean_f, var_f = _moments(full, full_mask, weights, origin)
+    eps = 1e-6 * _scale(var_f).unsqueeze(1)
     var_k, var_f = var_k + eps, var_f + eps
     if direction == "forward":
         return _gaussian_kl(mean_k, var_k, mean_f, var_f)
@@ -90,10 +90,11 @@ def frechet(
     mean_j [(mu_k_j - mu_f_j)^2 + (s_k_j - s_f_j)^2], in units of the full set's mean channel variance, so that a
     threshold carries over between models. Arguments as in `kappa`.
     """
-    mean_k, var_k, _ = _moments(kept, kept_mask, None)
-    mean_f, var_f, resolution = _moments(full, full_mask, weights)
+    origin = _origin(full, full_mask)
+    mean_k, var_k = _moments(kept, kept_mask, None, origin)
+    mean_f, var_f = _moments(full, full_mask, weights, origin)
     squared = (mean_k - mean_f).square() + (var_k.sqrt() - var_f.sqrt()).square()
-    return squared.mean(dim=1) / _scale(var_f, resolution)
+    return squared.mean(dim=1) / _scale(var_f)
 
 
 def sliced_wasserstein(
@@ -115,14 +116,15 @@ def sliced_wasserstein(
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(num_projections, full.shape[-1], generator=generator)
     directions = torch.nn.functional.normalize(directions, dim=1).to(full.device)
-    values_k, mass_k = _sorted_projection(kept, _mass(kept, kept_mask, None), directions)
-    values_f, mass_f = _sorted_projection(full, _mass(full, full_mask, weights), directions)
+    origin = _origin(full, full_mask)
+    values_k, mass_k = _sorted_projection(kept.float() - origin, _mass(kept, kept_mask, None), directions)
+    values_f, mass_f = _sorted_projection(full.float() - origin, _mass(full, full_mask, weights), directions)
     levels = torch.cat((mass_k, mass_f), dim=-1).sort(dim=-1).values  # between two levels both quantiles are constant
     width = levels.diff(dim=-1, prepend=torch.zeros_like(levels[..., :1]))
     middle = levels - width / 2.0
     cost = (_quantile(values_k, mass_k, middle) - _quantile(values_f, mass_f, middle)).square()
-    _, var_f, resolution = _moments(full, full_mask, weights)
-    return ((cost * width).sum(dim=-1).mean(dim=-1) / _scale(var_f, resolution)).sqrt()
+    _, var_f = _moments(full, full_mask, weights, origin)
+    return ((cost * width).sum(dim=-1).mean(dim=-1) / _scale(var_f)).sqrt()
 
 
 def mmd(
@@ -139,9 +141,10 @@ def mmd(
     (Gretton et al., 2012.) Arguments as in `kappa`.
     """
     mass_k, mass_f = _mass(kept, kept_mask, None), _mass(full, full_mask, weights)
-    mean_f, var_f, resolution = _moments(full, full_mask, weights)
-    bandwidth = _scale(var_f, resolution) * full.shape[-1]
-    k, f = kept.float() - mean_f.unsqueeze(1), full.float() - mean_f.unsqueeze(1)
+    origin = _origin(full, full_mask)
+    _, var_f = _moments(full, full_mask, weights, origin)
+    bandwidth = _scale(var_f) * full.shape[-1]
+    k, f = kept.float() - origin, full.float() - origin
     within_k = _mean_kernel(k, mass_k, k, mass_k, bandwidth)
     within_f = _mean_kernel(f, mass_f, f, mass_f, bandwidth)
     return (within_k + within_f - 2.0 * _mean_kernel(k, mass_k, f, mass_f, bandwidth)).clamp(min=0.0)
@@ -198,15 +201,25 @@ def _mass(
 
 
 def _moments(
-    tokens: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None, weights: Float[Tensor, "b n"] | None
-) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"], Float[Tensor, "b 1"]]:
-    """Mean and biased variance per channel, and the variance that float32 rounding alone could cause."""
-    tokens = tokens.float()
+    tokens: Float[Tensor, "b n d"],
+    mask: Bool[Tensor, "b n"] | None,
+    weights: Float[Tensor, "b n"] | None,
+    origin: Float[Tensor, "b 1 d"],
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
+    """Mean, seen from the origin, and biased variance per channel."""
+    tokens = tokens.float() - origin
     mass = _mass(tokens, mask, weights).unsqueeze(1)  # b 1 n
-    mean = (mass @ tokens).squeeze(1)
-    variance = (mass @ (tokens - mean.unsqueeze(1)).square()).squeeze(1)
-    resolution = 1e-12 * mean.square().mean(dim=1, keepdim=True)
-    return mean, variance, resolution
+    mean = mass @ tokens
+    variance = mass @ (tokens - mean).square()
+    return mean.squeeze(1), variance.squeeze(1)
+
+
+def _origin(full: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b 1 d"]:
+    """The first real token. Seen from there equal tokens are exactly 0, where float32 rounding of their mean would be
+    mistaken for a shift."""
+    if mask is None:
+        return full[:, :1].float()
+    return gather_tokens(full, mask.to(torch.uint8).argmax(dim=1, keepdim=True)).float()
 
 
 def _gaussian_kl(
@@ -217,16 +230,16 @@ def _gaussian_kl(
     return kl.mean(dim=1).clamp(min=0.0)  # rounding may leave -1e-8
 
 
-def _scale(var_f: Float[Tensor, "b d"], resolution: Float[Tensor, "b 1"]) -> Float[Tensor, "b"]:
-    """The full set's mean channel variance, kept above rounding."""
-    return (var_f.mean(dim=1) + resolution.squeeze(1)).clamp(min=torch.finfo(torch.float32).tiny)
+def _scale(var_f: Float[Tensor, "b d"]) -> Float[Tensor, "b"]:
+    """The full set's mean channel variance, kept above 0."""
+    return var_f.mean(dim=1).clamp(min=1e-30)
 
 
 def _sorted_projection(
     tokens: Float[Tensor, "b n d"], mass: Float[Tensor, "b n"], directions: Float[Tensor, "p d"]
 ) -> tuple[Float[Tensor, "b p n"], Float[Tensor, "b p n"]]:
     """Projections in ascending order and the cumulative mass up to each."""
-    values, order = (directions @ tokens.float().mT).sort(dim=-1)
+    values, order = (directions @ tokens.mT).sort(dim=-1)
     cumulative = mass.unsqueeze(1).expand_as(values).gather(2, order).cumsum(dim=-1)
     return values, cumulative.contiguous()
 

@@ -50,21 +50,20 @@ def farthest_point(
     """
     b, n, _ = similarity.shape
     closed = torch.zeros(b, n, dtype=torch.bool, device=similarity.device) if mask is None else ~mask
+    heavy = None if weights is None else weights.to(similarity.dtype).clamp(min=torch.finfo(similarity.dtype).tiny)
+    merit = similarity.new_ones(b, n) if heavy is None else heavy
     if start == "isolated":
         others = similarity.masked_fill(closed.unsqueeze(1), -1.0)
         others.diagonal(dim1=1, dim2=2).fill_(-1.0)
-        merit = 1.0 - others.amax(dim=2)
-        merit = merit if weights is None else merit * weights
-    else:
-        merit = similarity.new_ones(b, n) if weights is None else weights.to(similarity.dtype)
-    picks: list[Tensor] = []
-    distance = similarity.new_full((b, n), torch.inf)
-    open_ = torch.where(closed, -torch.inf, 0.0)
-    for _ in range(k):
-        pick = (merit + open_).argmax(dim=1, keepdim=True)
+        merit = merit * (1.0 - others.amax(dim=2))
+    pick = merit.masked_fill(closed, -torch.inf).argmax(dim=1, keepdim=True)
+    picks = [pick]
+    # Similarity to the nearest pick; what is picked or padding counts as infinitely near and is never the farthest.
+    nearest = torch.zeros_like(merit).fill_(-torch.inf).masked_fill_(closed, torch.inf)
+    for _ in range(k - 1):
+        torch.maximum(nearest, similarity.gather(1, pick.unsqueeze(-1).expand(b, 1, n)).squeeze(1), out=nearest)
+        nearest.scatter_(1, pick, torch.inf)
+        far = nearest.neg() if heavy is None else (1.0 - nearest) * heavy
+        pick = far.argmax(dim=1, keepdim=True)
         picks.append(pick)
-        open_ = open_.scatter(1, pick, -torch.inf)
-        row = similarity.gather(1, pick.unsqueeze(-1).expand(b, 1, n)).squeeze(1)
-        distance = torch.minimum(distance, 1.0 - row)
-        merit = distance if weights is None else distance * weights
     return torch.cat(picks, dim=1)
