@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
@@ -80,7 +80,7 @@ class _Processor(LogitsProcessor):
         self._processor = processor
         self._restore = restore
 
-    def __call__(self, input_ids: Int[Tensor, "r s"], scores: Float[Tensor, "r v"]) -> Float[Tensor, "r v"]:
+    def __call__(self, input_ids: Int[Tensor, "r s"], scores: Float[Tensor, "r v"]) -> Any:
         return self._processor(self._restore(input_ids), scores)
 
 
@@ -92,5 +92,5 @@ class _Criterion(StoppingCriteria):
             # `generate` pads finished rows only if it sees a criterion with this attribute.
             self.eos_token_id = criterion.eos_token_id  # type: ignore[attr-defined]
 
-    def __call__(self, input_ids: Int[Tensor, "r s"], scores: Any, **kwargs: Any) -> Bool[Tensor, " r"]:
+    def __call__(self, input_ids: Int[Tensor, "r s"], scores: Any, **kwargs: Any) -> Any:
         return self._criterion(self._restore(input_ids), scores, **kwargs)
