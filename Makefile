@@ -30,7 +30,7 @@ format: $(DEV) ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 bench: $(RUNTIME) ## time to first token of a 1.5B-parameter LLaVA on this machine (ARGS="--tiny" tries it out in seconds)
-	$(BIN)/python -m dcp_prune.profiling.latency $(ARGS)
+	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--json results/latency-cpu.json)
 
 readme: $(RUNTIME) ## rebuild the README's tables from results/
 	$(BIN)/python -m dcp_prune.report.tables README.md

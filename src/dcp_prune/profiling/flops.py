@@ -34,6 +34,7 @@ def llava_prefill_flops(
     text_tokens: int,
     visual_tokens: int,
     stages: Sequence[tuple[int, int]] = (),
+    encoder_layers: int | None = None,
 ) -> PrefillFlops:
     """Operations up to the first new token of one prompt with one image; the cost of selecting is left out.
 
@@ -42,6 +43,7 @@ def llava_prefill_flops(
         text_tokens: tokens of the prompt that are no visual tokens.
         visual_tokens: visual tokens that the language model reads.
         stages: in-encoder reductions as (layer, kept tokens), ascending; a stage acts on the output of its layer.
+        encoder_layers: layers of the encoder that run; default: all of them, also those behind the feature layer.
     """
     # transformers types its sub-configurations too loosely to name their attributes.
     vision, text = cast(Any, config.vision_config), cast(Any, config.text_config)
@@ -51,7 +53,7 @@ def llava_prefill_flops(
     width = vision.hidden_size
     encoder = 2 * patches * width * vision.num_channels * vision.patch_size**2
     kept = patches
-    for layer in range(vision.num_hidden_layers):
+    for layer in range(vision.num_hidden_layers if encoder_layers is None else encoder_layers):
         n = kept + 1
         encoder += 2 * n * (4 * width * width + 2 * width * vision.intermediate_size) + 4 * n * n * width
         kept = reductions.get(layer, kept)
