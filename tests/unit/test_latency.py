@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.profiling import latency
 from dcp_prune.profiling.latency import NONE, Sample, build_config, build_model, make_inputs, measure
-from dcp_prune.pruners.dcp import DCPPruner
+from dcp_prune.pruners.dcp import AnchorContextStage, DCPPruner
 from dcp_prune.pruners.random import RandomPruner
 from dcp_prune.report.tables import cost
 
@@ -77,6 +79,20 @@ def test_a_pruned_run_reads_fewer_tokens_and_all_its_selecting_is_counted(model)
     assert dcp.selection_share is not None
     assert 0 < dcp.selection_ms < dcp.ttft_ms
     assert 0 < dcp.selection_share < 1
+
+
+def test_selecting_inside_the_encoder_counts_as_selecting(model, monkeypatch):
+    reduce = AnchorContextStage.reduce
+
+    def slow(stage, tokens):
+        time.sleep(0.05)
+        return reduce(stage, tokens)
+
+    monkeypatch.setattr(AnchorContextStage, "reduce", slow)
+    pruner = DCPPruner(num_tokens=4, schedule=((0, 32), (1, 16)))
+    record = prune_inputs(model, make_inputs(model), pruner).record
+    assert record is not None
+    assert record.milliseconds["select"] > 100
 
 
 def test_the_command_writes_a_result_from_which_the_cost_table_is_drawn(tmp_path: Path, capsys):

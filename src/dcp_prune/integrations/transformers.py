@@ -86,7 +86,8 @@ class PruneRecord:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time spent in `encode` (vision encoder with its stages, and projector), `select` (the pruner), `prompt`."""
+        """Time spent in `encode` (vision encoder, projector), `select` (all choosing of tokens, inside the encoder and
+        after it) and `prompt` (shortening the text side)."""
         return self.watch.milliseconds()
 
 
@@ -379,10 +380,10 @@ class _Images:
         pixels = None if self.pixels is None else self.pixels[images]
         return replace(self, pixels=pixels, encoded=self.encoded and self.encoded.select(images))
 
-    def encode(self, pruner: Pruner) -> EncodedImages:
+    def encode(self, pruner: Pruner, lap: Callable[[str], None]) -> EncodedImages:
         if self.encoded is None:
             assert self.pixels is not None
-            return _encode(self.adapter, self.pixels, (pruner,))
+            return _encode(self.adapter, self.pixels, (pruner,), lap)
         stages = self.adapter.check_stages(pruner.encoder_stages(self.num_tokens, self.adapter.num_layers))
         if stages != self.encoded.stages:
             raise InvalidInputError(
@@ -392,7 +393,12 @@ class _Images:
         return self.encoded
 
 
-def _encode(adapter: ModelAdapter, pixels: Float[Tensor, "i c y x"], pruners: Sequence[Pruner]) -> EncodedImages:
+def _encode(
+    adapter: ModelAdapter,
+    pixels: Float[Tensor, "i c y x"],
+    pruners: Sequence[Pruner],
+    lap: Callable[[str], None] = lambda name: None,
+) -> EncodedImages:
     rows, cols = adapter.grid(pixels)
     plans = [adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers)) for pruner in pruners]
     if any(plan != plans[0] for plan in plans):
@@ -401,7 +407,7 @@ def _encode(adapter: ModelAdapter, pixels: Float[Tensor, "i c y x"], pruners: Se
             "call encode_images once for each of them"
         )
     signals = frozenset().union(*(pruner.requires | pruner.optional for pruner in pruners))
-    return adapter.encode(pixels, plans[0] if plans else (), signals & adapter.signals)
+    return adapter.encode(pixels, plans[0] if plans else (), signals & adapter.signals, lap)
 
 
 def _shorten(
@@ -441,7 +447,7 @@ def _shorten(
                 every = torch.arange(n, device=ids.device).expand(len(images), n)
                 record = PruneRecord(pruner, n, n, ids.shape[1], ids.shape[1], rows, every, every, {}, (), watch)
                 return replace(unchanged, record=record)
-        coded = images.encode(pruner)
+        coded = images.encode(pruner, watch.lap)
         watch.lap("encode")
         tokens = coded.tokens
         if Signal.TEXT in pruner.requires | pruner.optional:

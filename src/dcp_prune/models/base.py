@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
@@ -120,10 +120,17 @@ class ModelAdapter(ABC):
         pixel_values: Float[Tensor, "i c y x"],
         stages: Sequence[Reduction] = (),
         signals: AbstractSet[Signal] = frozenset(),
+        lap: Callable[[str], None] = lambda name: None,
     ) -> EncodedImages:
         """Runs the encoder with its reductions, then the projector; captures the signals of the feature layer.
 
         Without stages, the features are bit-equal to those that the model itself would compute.
+
+        Args:
+            pixel_values: preprocessed images.
+            stages: in-encoder reductions.
+            signals: what to capture at the feature layer.
+            lap: told `encode` at the end of each stretch of encoding, `select` of capturing and reducing.
 
         Raises:
             InvalidInputError: see `check_stages`.

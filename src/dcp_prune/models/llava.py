@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -77,6 +77,7 @@ class LlavaAdapter(ModelAdapter):
         pixel_values: Float[Tensor, "i c y x"],
         stages: Sequence[Reduction] = (),
         signals: AbstractSet[Signal] = frozenset(),
+        lap: Callable[[str], None] = lambda name: None,
     ) -> EncodedImages:
         plan = {stage.layer: stage for stage in self.check_stages(stages)}
         hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values.to(self.tower.device)))
@@ -89,15 +90,19 @@ class LlavaAdapter(ModelAdapter):
             stage = plan.get(number)
             wanted = signals if stage is None else stage.requires
             if stage is not None or number == self.num_layers - 1:
+                lap("encode")
                 captured = _capture(layer, hidden, wanted)
+                lap("select")
             hidden = layer(hidden, attention_mask=None)
             if stage is not None:
+                lap("encode")
                 done = stage.reduce(EncoderTokens(hidden[:, 1:], positions, indices, **captured))
                 hidden = torch.cat((hidden[:, :1], done.features.to(hidden.dtype)), dim=1)
                 positions = positions.gather(1, done.kept.unsqueeze(-1).expand(-1, -1, 2))
                 indices = indices.gather(1, done.kept)
                 assignment = compose_assignments(assignment, done.assignment)
                 stats.append(done.stats)
+                lap("select")
         features = self.model.model.multi_modal_projector(hidden[:, 1:])
         tokens = VisualTokens(
             features=features,
