@@ -191,16 +191,21 @@ class DCPPruner(Pruner):
         ):
             value = getattr(self, name)
             _require(value in choices, name, f"be one of {', '.join(choices)}", value)
-        for name in ("recovery", "saliency_weight", "text_weight", "relevance_smoothing", "member_relevance"):
-            _require(
-                _number(getattr(self, name)) and getattr(self, name) >= 0, name, "be at least 0", getattr(self, name)
-            )
-        for name in ("member_saliency",):
-            _require(
-                _number(getattr(self, name)) and getattr(self, name) >= 0, name, "be at least 0", getattr(self, name)
-            )
+        for name in (
+            "recovery",
+            "saliency_weight",
+            "text_weight",
+            "relevance_smoothing",
+            "member_relevance",
+            "member_saliency",
+        ):
+            value = getattr(self, name)
+            _require(_number(value) and value >= 0, name, "be a number of at least 0", value)
         for name in ("graph_temperature", "coverage_weight", "relevance_power", "confidence_span"):
-            _require(_number(getattr(self, name)) and getattr(self, name) > 0, name, "be above 0", getattr(self, name))
+            value = getattr(self, name)
+            _require(_number(value) and value > 0, name, "be a number above 0", value)
+        for name in ("rescale", "confidence_robust", "reselect_members"):
+            _require(isinstance(getattr(self, name), bool), name, "be True or False", getattr(self, name))
         sigma, a, r = self.graph_sigma, self.text_affinity, self.neighbours
         _require(sigma is None or (_number(sigma) and sigma > 0), "graph_sigma", "be above 0 or None", sigma)
         _require(_number(a) and 0 <= a <= 1, "text_affinity", "lie in [0, 1]", a)

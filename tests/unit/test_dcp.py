@@ -1,0 +1,371 @@
+"""DCP-Prune: its schedule, its recovery, its trigger, its use of the question, and every one of its fields."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from dcp_prune import DCPPruner, EncoderTokens, InvalidInputError, MissingSignalError, VisualTokens, kappa
+from dcp_prune.functional.distribution import DISTANCES
+from dcp_prune.functional.similarity import gather_tokens
+
+SIDE, D, K = 12, 32, 8
+N = SIDE * SIDE
+THINGS, PATCHES = 12, 3
+
+
+def scene(seed: int = 0, b: int = 2, *, asked: tuple[int, ...] = (0,), clarity: float = 1.0) -> VisualTokens:
+    """12 things of 3 patches each on a plain background, and a question of 4 words that names the things in `asked`.
+
+    Thing t fills patches 12 t + 4 .. 12 t + 6. A word's embedding lies `clarity` of the way from noise to its thing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    looks = torch.linalg.qr(torch.randn(D, D, generator=generator))[0]
+    features = 0.1 * torch.randn(b, N, D, generator=generator) + looks[-1]
+    for thing in range(THINGS):
+        patches = slice(12 * thing + 4, 12 * thing + 4 + PATCHES)
+        features[:, patches] = looks[thing] + 0.05 * torch.randn(b, PATCHES, D, generator=generator)
+    text = torch.nn.functional.normalize(torch.randn(4, D, generator=generator), dim=-1)
+    for word, thing in enumerate(asked):
+        text[word] = clarity * looks[thing] + (1.0 - clarity) * text[word]
+    attention = torch.rand(b, N, generator=generator)
+    return VisualTokens.from_features(
+        features, cls_attention=attention / attention.sum(dim=1, keepdim=True), text=text.expand(b, 4, D)
+    )
+
+
+def on_thing(indices: torch.Tensor, thing: int) -> list[int]:
+    """How many kept patches of each image show the thing."""
+    first = 12 * thing + 4
+    return ((indices >= first) & (indices < first + PATCHES)).sum(dim=1).tolist()
+
+
+# --- the schedule ---
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (23, [(11, 288), (16, 144)]),  # CLIP ViT-L/14 with features from hidden_states[-2]
+        (12, [(5, 288), (8, 144)]),
+        (4, [(1, 288), (2, 144)]),
+        (3, [(1, 144)]),  # both shares fall on the last layer that has one behind it
+        (2, [(0, 144)]),
+        (1, []),
+    ],
+)
+def test_the_default_schedule_fits_encoders_of_any_depth(layers, expected):
+    stages = DCPPruner(num_tokens=16).encoder_stages(576, layers)
+    assert [(stage.layer, stage.num_tokens) for stage in stages] == expected
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"), [(200, [288, 200]), (288, [288]), (300, [300]), (575, [575]), (576, []), (9999, [])]
+)
+def test_shares_are_raised_to_the_budget_and_stages_without_work_are_left_out(k, expected):
+    assert [stage.num_tokens for stage in DCPPruner(num_tokens=k).encoder_stages(576, 23)] == expected
+
+
+def test_a_schedule_can_be_given_in_layers_and_counts():
+    pruner = DCPPruner(num_tokens=16, schedule=((2, 300), (5, 100), (9, 16)))
+    stages = pruner.encoder_stages(576, 12)
+    assert [(stage.layer, stage.num_tokens) for stage in stages] == [(2, 300), (5, 100), (9, 16)]
+    assert [stage.num_tokens for stage in pruner.encoder_stages(256, 12)] == [100, 16], "an image of fewer tokens"
+    assert DCPPruner(num_tokens=16, schedule=()).encoder_stages(576, 12) == ()
+
+
+def test_a_schedule_from_a_configuration_file_is_as_good_as_one_of_tuples():
+    as_lists = DCPPruner(num_tokens=16, schedule=[[2, 300], [5, 100]])  # pyright: ignore[reportArgumentType]
+    assert as_lists == DCPPruner(num_tokens=16, schedule=((2, 300), (5, 100)))
+    hash(as_lists)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "half",
+        (1, 2),
+        ((1,),),
+        ((1, 2, 3),),
+        ((-1, 30),),
+        ((1, 0),),
+        ((0.0, 0.5),),
+        ((0.5, 1.0),),
+        ((0.5, True),),
+        ((3, 100), (2, 50)),
+        ((3, 100), (3, 50)),
+        ((2, 100), (3, 100)),
+        ((0.2, 0.3), (0.4, 0.5)),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_refused_at_construction(schedule):
+    with pytest.raises(InvalidInputError, match="DCPPruner: schedule must"):
+        DCPPruner(num_tokens=16, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        (((11, 100),), "choose a layer of at most 10"),
+        (((3, 15),), "below the budget of 16"),
+        (((0.5, 300), (2, 0.25)), "after layer 5 and then after layer 2; sort it"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_encoder_or_the_budget_is_refused(schedule, says):
+    with pytest.raises(InvalidInputError, match=says):
+        DCPPruner(num_tokens=16, schedule=schedule).encoder_stages(576, 12)
+
+
+# --- recovery inside the encoder ---
+
+
+def stage_input(seed: int = 0) -> EncoderTokens:
+    encoder = scene(seed).encoder
+    assert encoder is not None
+    return encoder
+
+
+def test_without_recovery_a_stage_only_drops_tokens():
+    tokens = stage_input()
+    (stage,) = DCPPruner(num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
+    done = stage.reduce(tokens)
+    assert torch.equal(done.features, gather_tokens(tokens.features, done.kept))
+    torch.testing.assert_close(done.stats["kappa"], kappa(done.features, tokens.features))
+
+
+def test_recovery_changes_what_anchors_hold_but_not_which_they_are():
+    tokens = stage_input()
+    (drop,) = DCPPruner(num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
+    (pour,) = DCPPruner(num_tokens=8, schedule=((0.5, 40),), recovery=0.5).encoder_stages(N, 12)
+    dropped, poured = drop.reduce(tokens), pour.reduce(tokens)
+    assert torch.equal(dropped.kept, poured.kept)
+    assert not torch.allclose(dropped.features, poured.features, atol=1e-2)
+    torch.testing.assert_close(dropped.features.norm(dim=-1), poured.features.norm(dim=-1))
+
+
+@pytest.mark.parametrize("anchors", ["farthest", "coverage"])
+def test_diverse_anchors_see_every_thing_where_saliency_sees_one(anchors):
+    tokens = stage_input()
+    loud = torch.full((2, N), 0.002)
+    loud[:, :20] = 0.01
+    tokens = replace(tokens, cls_attention=loud)
+
+    def things_seen(rule):
+        (stage,) = DCPPruner(num_tokens=8, schedule=((0.5, 20),), anchors=rule).encoder_stages(N, 12)
+        kept = stage.reduce(tokens).kept
+        return [sum(on_thing(kept[i : i + 1], thing)[0] > 0 for thing in range(THINGS)) for i in range(2)]
+
+    assert min(things_seen(anchors)) >= 10
+    assert max(things_seen("saliency")) <= 2
+
+
+def test_a_stage_without_attention_says_what_it_needs():
+    tokens = replace(stage_input(), cls_attention=None)
+    (stage,) = DCPPruner(num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
+    with pytest.raises(MissingSignalError, match=r"encoder\.cls_attention"):
+        stage.reduce(tokens)
+
+
+# --- the trigger ---
+
+
+def test_a_threshold_of_zero_always_and_one_of_infinity_never_selects_anew():
+    tokens = scene()
+    always, never = DCPPruner(num_tokens=K)(tokens), DCPPruner(num_tokens=K, threshold=math.inf)(tokens)
+    assert always.stats["reselected"].all()
+    assert not never.stats["reselected"].any()
+    assert not torch.equal(always.indices, never.indices)
+    torch.testing.assert_close(always.stats["distance"], never.stats["distance"])
+
+
+@pytest.mark.parametrize("trigger", sorted(DISTANCES))
+def test_each_image_is_judged_by_itself(trigger):
+    tokens = scene(1, b=4)
+    always = DCPPruner(num_tokens=K, trigger=trigger)(tokens)
+    never = DCPPruner(num_tokens=K, trigger=trigger, threshold=math.inf)(tokens)
+    between = float(always.stats["distance"].sort().values[1:3].mean())
+    some = DCPPruner(num_tokens=K, trigger=trigger, threshold=between)(tokens)
+    severe = always.stats["distance"] > between
+    assert severe.tolist().count(True) == 2
+    assert torch.equal(some.stats["reselected"], severe)
+    assert torch.equal(some.indices, torch.where(severe[:, None], always.indices, never.indices))
+
+
+def test_stats_report_the_kappa_of_what_was_kept_and_the_distance_that_was_judged():
+    tokens = scene(2)
+    pruned = DCPPruner(num_tokens=K, trigger="mmd")(tokens)
+    torch.testing.assert_close(pruned.stats["kappa"], kappa(pruned.features, tokens.features))
+    first = DCPPruner(num_tokens=K, threshold=math.inf)(tokens)
+    torch.testing.assert_close(pruned.stats["distance"], DISTANCES["mmd"](first.features, tokens.features))
+    assert {key: tuple(value.shape) for key, value in pruned.stats.items()} == {
+        "kappa": (2,),
+        "distance": (2,),
+        "reselected": (2,),
+        "scores": (2, N),
+        "relevance": (2, N),
+        "confidence": (2,),
+    }
+
+
+def test_selecting_anew_covers_what_matters_better_than_the_first_choice():
+    tokens = scene(3)
+    always, never = DCPPruner(num_tokens=K)(tokens), DCPPruner(num_tokens=K, threshold=math.inf)(tokens)
+    weights = always.stats["scores"]
+    after = DISTANCES["coverage"](always.features, tokens.features, weights=weights)
+    assert (after < never.stats["distance"]).all()
+    torch.testing.assert_close(
+        never.stats["distance"], DISTANCES["coverage"](never.features, tokens.features, weights=weights)
+    )
+
+
+# --- the question ---
+
+
+@pytest.mark.parametrize("centres", ["facility_location", "k_center"])
+def test_what_the_question_names_is_kept(centres):
+    for thing in range(THINGS):
+        pruned = DCPPruner(num_tokens=K, centres=centres, schedule=())(scene(4, asked=(thing,)))
+        assert min(on_thing(pruned.indices, thing)) >= 1
+
+
+def test_relevance_points_at_the_patches_of_the_named_thing():
+    pruned = DCPPruner(num_tokens=K)(scene(5, asked=(3,)))
+    assert on_thing(pruned.stats["relevance"].topk(PATCHES, dim=1).indices, 3) == [PATCHES, PATCHES]
+    assert (pruned.stats["confidence"] > 0.5).all()
+
+
+def test_a_question_about_nothing_in_the_image_changes_nothing_behind_the_gate():
+    tokens = scene(6, asked=())
+    without = DCPPruner(num_tokens=K)(replace(tokens, text=None, text_mask=None))
+    gated = DCPPruner(num_tokens=K, confidence_margin=1.5)(tokens)
+    trusting = DCPPruner(num_tokens=K, gate="none")(tokens)
+    assert torch.equal(gated.indices, without.indices)
+    assert not torch.equal(trusting.indices, without.indices), "without the gate the noise is believed"
+    assert gated.stats["confidence"].tolist() == [0.0, 0.0]
+
+
+def test_questions_in_one_batch_are_read_one_by_one():
+    tokens = scene(7, asked=(2,))
+    other = scene(7, asked=(9,))
+    assert tokens.text is not None
+    assert other.text is not None
+    mixed = replace(tokens, text=torch.stack((tokens.text[0], other.text[1])))
+    pruned = DCPPruner(num_tokens=K)(mixed)
+    assert torch.equal(pruned.indices[0], DCPPruner(num_tokens=K)(tokens).indices[0])
+    assert torch.equal(pruned.indices[1], DCPPruner(num_tokens=K)(other).indices[1])
+    assert not torch.equal(pruned.indices[0], DCPPruner(num_tokens=K)(other).indices[0])
+
+
+def test_words_that_are_padding_are_not_read():
+    tokens = scene(8, asked=(2, 9))
+    mask = torch.tensor([[True, False, True, True]]).expand(2, 4)
+    assert tokens.text is not None
+    short = replace(tokens, text=tokens.text[:, [0, 2, 3]], text_mask=torch.ones(2, 3, dtype=torch.bool))
+    masked = DCPPruner(num_tokens=K)(replace(tokens, text_mask=mask))
+    assert torch.equal(masked.indices, DCPPruner(num_tokens=K)(short).indices)
+
+
+# --- the fields ---
+
+OTHER_VALUES = {
+    "schedule": (),
+    "anchors": "coverage",
+    "recovery": 0.3,
+    "neighbours": 1,
+    "graph_temperature": 1.0,
+    "graph_sigma": None,
+    "rescale": False,
+    "first_choice": "saliency",
+    "trigger": "mmd",
+    "threshold": math.inf,
+    "space": "encoder",
+    "centres": "k_center",
+    "coverage_weight": 5.0,
+    "saliency_weight": 0.0,
+    "text_weight": 0.0,
+    "relevance_power": 0.5,
+    "relevance_smoothing": 0.5,
+    "gate": "none",
+    "confidence_margin": 2.0,
+    "confidence_span": 40.0,
+    "confidence_robust": True,
+    "text_affinity": 0.9,
+    "reselect_members": False,
+    "member_relevance": 5.0,
+    "member_saliency": 5.0,
+}
+
+
+def outcome(pruner: DCPPruner) -> list[torch.Tensor]:
+    """All that a run decides: stages, features, indices, assignment, stats."""
+    tokens = scene(9, asked=(1, 5), clarity=0.5)
+    assert tokens.encoder is not None
+    other_space = tokens.encoder.features.flip(2).square()
+    tokens = replace(tokens, encoder=replace(tokens.encoder, features=other_space))
+    results = [torch.tensor([])]
+    for stage in pruner.encoder_stages(N, 12)[:1]:
+        done = stage.reduce(stage_input())
+        results += [done.features, done.kept, done.assignment]
+    pruned = pruner(tokens)
+    return [*results, pruned.features, pruned.indices, pruned.assignment, *pruned.stats.values()]
+
+
+@pytest.mark.parametrize(
+    "field", [field.name for field in fields(DCPPruner) if field.name not in ("num_tokens", "keep_ratio")]
+)
+def test_every_field_has_an_effect(field):
+    base = DCPPruner(num_tokens=K, recovery=0.1)  # the graph's fields matter only where there is recovery
+    plain, changed = outcome(base), outcome(replace(base, **{field: OTHER_VALUES[field]}))
+    same = len(plain) == len(changed) and all(map(torch.equal, plain, changed))
+    assert not same
+    again = outcome(base)
+    assert all(map(torch.equal, plain, again)), "the difference must come from the field"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("anchors", "random"),
+        ("first_choice", "best"),
+        ("trigger", "kapa"),
+        ("space", "pixels"),
+        ("centres", "kmeans"),
+        ("gate", True),
+        ("recovery", -0.1),
+        ("recovery", math.nan),
+        ("recovery", "much"),
+        ("neighbours", 0),
+        ("neighbours", 2.5),
+        ("graph_temperature", 0.0),
+        ("graph_sigma", 0.0),
+        ("threshold", -1.0),
+        ("threshold", math.nan),
+        ("coverage_weight", 0.0),
+        ("saliency_weight", -1.0),
+        ("text_weight", math.inf),
+        ("relevance_power", 0.0),
+        ("relevance_smoothing", -0.1),
+        ("confidence_margin", math.inf),
+        ("confidence_span", 0.0),
+        ("text_affinity", 1.1),
+        ("member_relevance", -1.0),
+        ("member_saliency", None),
+        ("rescale", "yes"),
+    ],
+)
+def test_a_field_outside_its_range_is_refused_by_name(field, value):
+    with pytest.raises(InvalidInputError, match=f"DCPPruner: {field} must") as refused:
+        DCPPruner(num_tokens=16, **{field: value})
+    assert repr(value) in str(refused.value)
+
+
+def test_rules_that_need_attention_say_so():
+    bare = VisualTokens.from_features(scene().features)
+    assert DCPPruner(num_tokens=K)(bare).indices.shape == (2, K)
+    with pytest.raises(MissingSignalError, match="partition rule 'saliency'"):
+        DCPPruner(num_tokens=K, first_choice="saliency")(bare)
+    with pytest.raises(MissingSignalError, match="space='encoder'"):
+        DCPPruner(num_tokens=K, space="encoder")(bare)
