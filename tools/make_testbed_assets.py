@@ -18,7 +18,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dcp_prune.testbed.world import ASSETS, CLASSES, SIGN_SIZE, SPRITE_SIZES, WORDS
 
-SHORT_NAMES = {"tree": "deciduous_tree", "moon": "crescent_moon", "cup": "coffee", "clock": "alarm_clock", "boat": "sailboat"}
+SHORT_NAMES = {
+    "tree": "deciduous_tree",
+    "moon": "crescent_moon",
+    "cup": "coffee",
+    "clock": "alarm_clock",
+    "boat": "sailboat",
+}
 
 
 def main(package: Path) -> None:

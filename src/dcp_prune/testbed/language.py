@@ -26,9 +26,7 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """Every token, in the order of its id."""
-    return list(
-        dict.fromkeys((*SPECIAL, *FUNCTION_WORDS, *CLASSES, *COLORS, *WORDS, *NUMBERS, *QUADRANTS, *LETTERS))
-    )
+    return list(dict.fromkeys((*SPECIAL, *FUNCTION_WORDS, *CLASSES, *COLORS, *WORDS, *NUMBERS, *QUADRANTS, *LETTERS)))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -28,7 +28,9 @@ def checkpoint_path(checkpoint: str = DEFAULT_CHECKPOINT) -> Path:
         InvalidInputError: there is no checkpoint of that name.
     """
     if checkpoint not in CHECKPOINTS:
-        raise InvalidInputError(f"there is no testbed checkpoint {checkpoint!r}; choose one of {', '.join(CHECKPOINTS)}")
+        raise InvalidInputError(
+            f"there is no testbed checkpoint {checkpoint!r}; choose one of {', '.join(CHECKPOINTS)}"
+        )
     return WEIGHTS / checkpoint
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,11 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 def make_config() -> LlavaConfig:
     """24 x 24 = 576 visual tokens and [CLS]; features leave the last but one layer, as in LLaVA-1.5."""
     words = vocabulary()
-    special = {"pad_token_id": words.index(PAD), "bos_token_id": words.index(BOS), "eos_token_id": words.index(EOS)}
+    special: dict[str, Any] = {
+        "pad_token_id": words.index(PAD),
+        "bos_token_id": words.index(BOS),
+        "eos_token_id": words.index(EOS),
+    }
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=192,
@@ -85,7 +90,8 @@ def make_model(seed: int = 0, attn_implementation: str = "sdpa") -> LlavaForCond
     torch.manual_seed(seed)
     config = make_config()
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn_implementation)
-    vision, language = model.model.vision_tower, model.model.language_model
+    inner: Any = model.model
+    vision, language = inner.vision_tower, inner.language_model
     with torch.no_grad():
         for layer in vision.encoder.layers:
             nn.init.normal_(layer.self_attn.q_proj.weight, std=0.05)
@@ -93,7 +99,7 @@ def make_model(seed: int = 0, attn_implementation: str = "sdpa") -> LlavaForCond
             nn.init.normal_(layer.self_attn.v_proj.weight, std=0.05)
         embeddings = vision.embeddings
         embeddings.position_embedding.weight.normal_(std=0.02)
-        embeddings.position_embedding.weight[1:] += 0.3 * sincos_positions(GRID, config.vision_config.hidden_size)
+        embeddings.position_embedding.weight[1:] += 0.3 * sincos_positions(GRID, inner.config.vision_config.hidden_size)
         nn.init.normal_(embeddings.class_embedding, std=0.1)
         nn.init.normal_(embeddings.patch_embedding.weight, std=0.05)
         language.embed_tokens.weight.normal_(std=language.config.hidden_size**-0.5)
@@ -117,9 +123,8 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
 
 def save(model: LlavaForConditionalGeneration, directory: Path) -> None:
     """Writes model and processor in bfloat16, loadable by `from_pretrained` with nothing else."""
-    import copy
-
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half: Any = copy.deepcopy(model)
+    half.to(torch.bfloat16)
     half.config.dtype = "bfloat16"
     half.save_pretrained(directory)
     make_processor().save_pretrained(directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TRAINING = range(0, 900_000_000)
+TRAINING = range(900_000_000)
 """Scenes that checkpoints are trained on."""
 TUNING = range(900_000_000, 1_000_000_000)
 """Scenes for choosing parameters of pruners."""

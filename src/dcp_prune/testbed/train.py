@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dcp_prune.errors import InvalidInputError
 from dcp_prune.testbed import model as testbed_model
 from dcp_prune.testbed.language import ASSISTANT, BOS, EOS, USER, vocabulary
 from dcp_prune.testbed.world import (
@@ -31,8 +32,8 @@ from dcp_prune.testbed.world import (
     COLORS,
     GRID,
     NUMBERS,
-    SIGN_SIZE,
     PATCH,
+    SIGN_SIZE,
     TASKS,
     WORDS,
     Scene,
@@ -69,13 +70,13 @@ WEAK_ANGLE = 86.0
 
 RECIPE = (
     Stage("vision-small", (), 700, 32, 0.02, 0),
-    Stage("vision", ("vision-small",), 1000, 8, 0.01, 100_000_000),
-    Stage("language", (), 1800, 16, 0.01, 200_000_000),
-    Stage("language-weak", ("language",), 1600, 16, 0.007, 300_000_000),
+    Stage("vision", ("vision-small",), 1700, 8, 0.01, 100_000_000),
+    Stage("language", (), 2000, 16, 0.01, 200_000_000),
+    Stage("language-weak", ("language",), 1000, 16, 0.007, 300_000_000),
     Stage("projector", ("vision", "language"), 150, 8, 0.01, 400_000_000),
     Stage("projector-weak", ("vision", "language-weak"), 150, 8, 0.01, 500_000_000),
-    Stage("aligned", ("projector",), 2400, 4, 0.005, 600_000_000),
-    Stage("weak", ("projector-weak",), 2400, 4, 0.005, 700_000_000),
+    Stage("aligned", ("projector",), 1600, 4, 0.005, 600_000_000),
+    Stage("weak", ("projector-weak",), 1600, 4, 0.005, 700_000_000),
 )
 STAGES = {stage.name: stage for stage in RECIPE}
 
@@ -85,27 +86,28 @@ class Bundle(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.llava = testbed_model.make_model(attn_implementation="testbed")
+        self.llava: Any = testbed_model.make_model(attn_implementation="testbed")
         config = self.llava.config
         v, d = config.vision_config.hidden_size, config.text_config.hidden_size
         self.patch_head = nn.Linear(v, sum(PATCH_TARGETS.values()) + 2)
         self.cls_head = nn.Linear(v, len(CLASSES) + len(WORDS))
-        self.ground_head = nn.Linear(d, 2 + len(COLORS) + len(NUMBERS) + 2)
+        self.ground_head = nn.Linear(d, 2 + len(COLORS) + len(NUMBERS) + 2 + 2 + len(WORDS))
         self.oracle_position = nn.Linear(d, d, bias=False)
         nn.init.normal_(self.oracle_position.weight, std=0.5 * d**-0.5 * d**-0.5)
         self.oracle_background = nn.Parameter(torch.randn(d) * d**-0.5)
+        self.angle: Tensor
         self.register_buffer("angle", torch.zeros(()))
 
     @property
-    def vision(self) -> nn.Module:
+    def vision(self) -> Any:
         return self.llava.model.vision_tower
 
     @property
-    def language(self) -> nn.Module:
+    def language(self) -> Any:
         return self.llava.model.language_model
 
     @property
-    def projector(self) -> nn.Module:
+    def projector(self) -> Any:
         return self.llava.model.multi_modal_projector
 
 
@@ -135,15 +137,21 @@ def scenes_of(stage: Stage, step: int) -> list[Scene]:
     return [make_scene(seed, "crowded" if seed % 2 else "standard") for seed in seeds]
 
 
+def on_device(array: NDArray) -> Tensor:
+    return torch.from_numpy(array).to(torch.get_default_device())
+
+
 def pixels_of(scenes: Sequence[Scene]) -> Tensor:
-    images = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+    images = on_device(np.stack([scene.image for scene in scenes]))
     pixels = images.permute(0, 3, 1, 2).float() / 255
     return (pixels - testbed_model.PIXEL_MEAN) / testbed_model.PIXEL_STD
 
 
 def patch_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """Truth about every patch. Each `b n`, 0 = nothing."""
-    labels = {name: np.zeros((len(scenes), s.grid, s.grid), dtype=np.int64) for name in PATCH_TARGETS for s in scenes[:1]}
+    labels = {
+        name: np.zeros((len(scenes), s.grid, s.grid), dtype=np.int64) for name in PATCH_TARGETS for s in scenes[:1]
+    }
     for i, scene in enumerate(scenes):
         times = defaultdict(int)
         for o in scene.objects:
@@ -158,7 +166,7 @@ def patch_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
         window = (i, slice(row, row + SIGN_SIZE[1] // PATCH), slice(col, col + SIGN_SIZE[0] // PATCH))
         labels["class"][window] = 1 + len(CLASSES)
         labels["word"][window] = 1 + WORDS.index(scene.word)
-    return {name: torch.from_numpy(value).flatten(1) for name, value in labels.items()}
+    return {name: on_device(value).flatten(1) for name, value in labels.items()}
 
 
 @dataclass
@@ -166,7 +174,8 @@ class PackedQuestions:
     """All questions of each scene behind one image, as segments that do not see each other.
 
     ids, labels, offset (position within the segment), segment: `b s`, segment -1 marks padding. grounding rows are
-    (batch, position, present, color, count, row, col) with -1 for what is not defined.
+    (batch, position, present, color, count, row, col, rows and cols from the object named before) with -1, or NaN for
+    the last two, where something is not defined. said rows are (batch, position of the word `sign`, what it says).
     """
 
     ids: Tensor
@@ -175,10 +184,11 @@ class PackedQuestions:
     segment: Tensor
     task: Tensor
     grounding: Tensor
+    said: Tensor
 
 
 def pack_questions(scenes: Sequence[Scene]) -> PackedQuestions:
-    rows, grounding = [], []
+    rows, grounding, said = [], [], []
     for b, scene in enumerate(scenes):
         by_name = defaultdict(list)
         for o in scene.objects:
@@ -187,7 +197,10 @@ def pack_questions(scenes: Sequence[Scene]) -> PackedQuestions:
         for s, question in enumerate(scene.questions):
             words = question.text.split()
             tokens = [ID[w] for w in (*words, ASSISTANT, question.answer)] + [ID[EOS]]
+            named = None
             for k, word in enumerate(words):
+                if word == "sign":
+                    said.append((b, len(row) + k, WORDS.index(scene.word)))
                 if word in CLASSES:
                     found = by_name[word]
                     once = found[0] if len(found) == 1 else None
@@ -200,15 +213,21 @@ def pack_questions(scenes: Sequence[Scene]) -> PackedQuestions:
                             len(found) - 1,
                             once.center[0] / GRID if once else -1,
                             once.center[1] / GRID if once else -1,
+                            (once.center[0] - named.center[0]) / GRID if once and named else math.nan,
+                            (once.center[1] - named.center[1]) / GRID if once and named else math.nan,
                         )
                     )
+                    named = once if question.task == "relation" else None
             for k, token in enumerate(tokens):
                 answer = k >= len(words) and k < len(tokens) - 1
                 row.append((token, tokens[k + 1] if answer else IGNORE, k, s, TASKS.index(question.task)))
         rows.append(row)
     width = max(map(len, rows))
     packed = torch.tensor([row + [(0, IGNORE, 0, -1, -1)] * (width - len(row)) for row in rows])
-    return PackedQuestions(*packed.unbind(-1), torch.tensor(grounding, dtype=torch.float32))
+    ids, labels, offset, segment, task = packed.unbind(-1)
+    return PackedQuestions(
+        ids, labels, offset, segment, task, torch.tensor(grounding, dtype=torch.float32), torch.tensor(said)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- forward
@@ -276,6 +295,7 @@ def oracle_tokens(bundle: Bundle, scenes: Sequence[Scene]) -> Tensor:
         torch.cat((words(CLASSES), nothing))[labels["class"]]
         + words(COLOR_NAMES)[labels["color"]]
         + words(WORDS)[labels["word"]]
+        + 0.7 * (labels["word"] > 0).unsqueeze(-1) * table[ID["sign"]]
         + 0.7 * words(NUMBERS)[labels["count"]]
         + (labels["class"] == 0).unsqueeze(-1) * bundle.oracle_background
     )
@@ -284,11 +304,12 @@ def oracle_tokens(bundle: Bundle, scenes: Sequence[Scene]) -> Tensor:
 
 
 def rotate(tokens: Tensor, degrees: float) -> Tensor:
-    """Turns every token by an angle in d/2 fixed random orthogonal planes: the cosine to any word falls by cos(angle)."""
+    """Turns every token by an angle in d/2 fixed random planes: the cosine to any word falls by cos(angle)."""
     if degrees == 0:
         return tokens
     d = tokens.shape[-1]
-    basis, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(d, d, generator=torch.Generator().manual_seed(0), device="cpu")
+    basis = torch.linalg.qr(noise).Q.to(tokens.device)
     planes = tokens.float() @ basis
     x, y = planes[..., : d // 2], planes[..., d // 2 :]
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -296,11 +317,12 @@ def rotate(tokens: Tensor, degrees: float) -> Tensor:
 
 
 def answer_questions(
-    bundle: Bundle, image: Tensor, questions: PackedQuestions, rng: np.random.Generator
+    bundle: Bundle, image: Tensor, questions: PackedQuestions, rng: np.random.Generator | None = None
 ) -> tuple[Tensor, Tensor, dict]:
     """Losses of all questions behind `image` (`b n d`), grounding loss, share of right answers per task.
 
-    Images take a random stretch of positions, so that text behind 16 visual tokens is as familiar as behind 576.
+    With `rng`, images take a random stretch of positions, so that text behind 16 visual tokens is as familiar as behind
+    576; without, they take one position a token.
     """
     language = bundle.language
     b, n, _ = image.shape
@@ -308,9 +330,7 @@ def answer_questions(
     lead = len(PREFIX)
     prefix = language.embed_tokens(torch.tensor(PREFIX)).expand(b, -1, -1)
     embedded = torch.cat((prefix, image.to(prefix.dtype), language.embed_tokens(questions.ids)), dim=1)
-    stretch = torch.tensor(
-        [576 if rng.random() < 0.5 else math.exp(rng.uniform(math.log(16), math.log(576))) for _ in range(b)]
-    )
+    stretch = torch.tensor([float(n) if rng is None else random_stretch(rng) for _ in range(b)])
     image_positions = (torch.arange(n) * (stretch[:, None] / n)).floor().long() + lead
     text_positions = questions.offset + stretch.floor().long()[:, None] + lead
     positions = torch.cat((torch.arange(lead).expand(b, -1), image_positions, text_positions), dim=1)
@@ -342,14 +362,24 @@ def answer_questions(
 
     g = questions.grounding
     said = bundle.ground_head(hidden[g[:, 0].long(), g[:, 1].long()]).float()
-    present, color, count, place = said.split((2, len(COLORS), len(NUMBERS), 2), dim=-1)
-    truth = g[:, 2:].long()
+    present, color, count, place, step, _ = said.split((2, len(COLORS), len(NUMBERS), 2, 2, len(WORDS)), dim=-1)
+    truth = g[:, 2:5].long()
     ground = F.cross_entropy(present, truth[:, 0])
     ground = ground + F.cross_entropy(color, truth[:, 1], ignore_index=-1)
     ground = ground + F.cross_entropy(count, truth[:, 2], ignore_index=-1)
     placed = g[:, 5] >= 0
-    ground = ground + 20 * F.mse_loss(place[placed], g[placed, 5:])
+    ground = ground + 20 * F.mse_loss(place[placed], g[placed, 5:7])
+    paired = ~g[:, 7].isnan()
+    ground = ground + 20 * F.mse_loss(step[paired], g[paired, 7:])
+    signs = bundle.ground_head(hidden[questions.said[:, 0], questions.said[:, 1]]).float()[:, -len(WORDS) :]
+    ground = ground + F.cross_entropy(signs, questions.said[:, 2])
     return loss, ground, metrics
+
+
+def random_stretch(rng: np.random.Generator) -> float:
+    """Positions that an image takes: all 576 half of the time, else anything down to 16."""
+    full = GRID * GRID
+    return full if rng.random() < 0.5 else math.exp(rng.uniform(math.log(16), math.log(full)))
 
 
 def keep_some(scenes: Sequence[Scene], rng: np.random.Generator, count: int) -> Tensor:
@@ -362,7 +392,7 @@ def keep_some(scenes: Sequence[Scene], rng: np.random.Generator, count: int) -> 
             priority[rng.permutation(inside)[:6]] += 1
         priority[rng.permutation(np.flatnonzero(scene.sign_patches()))[:6]] += 1
         chosen.append(np.sort(np.argsort(-priority)[:count]))
-    return torch.from_numpy(np.stack(chosen))
+    return on_device(np.stack(chosen))
 
 
 # ----------------------------------------------------------------------------------------------------------- one stage
@@ -376,7 +406,7 @@ def losses_of(stage: Stage, bundle: Bundle, step: int) -> tuple[Tensor, dict]:
         side = scenes[0].grid
         row, col = rng.integers(0, GRID - side + 1, (2, len(scenes)))
         steps = np.arange(side * side)
-        window = torch.from_numpy((row[:, None] + steps // side) * GRID + col[:, None] + steps % side)
+        window = on_device((row[:, None] + steps // side) * GRID + col[:, None] + steps % side)
         return vision_loss(bundle, scenes, *encode(bundle, pixels_of(scenes), window))
     if stage.name == "vision":
         return vision_loss(bundle, scenes, *encode(bundle, pixels_of(scenes)))
@@ -384,7 +414,8 @@ def losses_of(stage: Stage, bundle: Bundle, step: int) -> tuple[Tensor, dict]:
         if stage.name == "language-weak":
             bundle.angle.fill_(WEAK_ANGLE * min(1.0, step / (0.5 * stage.steps)))
         tokens = oracle_tokens(bundle, scenes)
-        tokens = tokens + torch.randn(tokens.shape, generator=torch.Generator().manual_seed(step)) * 0.02
+        noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(step), device="cpu")
+        tokens = tokens + 0.02 * noise.to(tokens.device)
         kept = keep_some(scenes, rng, 112)
         tokens = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
         loss, ground, metrics = answer_questions(bundle, tokens, pack_questions(scenes), rng)
@@ -451,18 +482,31 @@ def checkpoint_of(directory: Path, name: str) -> Path:
     return directory / f"{name}.pt"
 
 
-def train_stage(stage: Stage, directory: Path, device: str, save_every: float = 60.0) -> None:
-    """Runs a stage to its end, from where its last checkpoint left it."""
-    bundle = Bundle()
+def read_checkpoint(directory: Path, name: str) -> dict:
+    """The saved state of a stage: `model`, `optimizers`, `step`, `seconds`, `metrics`.
+
+    Raises:
+        InvalidInputError: the stage has no checkpoint there.
+    """
+    file = checkpoint_of(directory, name)
+    if not file.exists():
+        raise InvalidInputError(f"stage {name!r} has no checkpoint in {directory}; train it first: --stage {name}")
+    return torch.load(file, weights_only=True, map_location=torch.get_default_device())
+
+
+def train_stage(stage: Stage, directory: Path, device: str = "cpu", save_every: float = 60.0) -> None:
+    """Runs a stage to its end, from where its last checkpoint left it; a checkpoint every `save_every` seconds."""
+    torch.set_default_device(device)
+    bundle = Bundle().to(device)
     file = checkpoint_of(directory, stage.name)
     step, spent = 0, 0.0
     running: dict[str, float] = {}
-    resumed = torch.load(file, weights_only=True) if file.exists() else None
+    resumed = torch.load(file, weights_only=True, map_location=device) if file.exists() else None
     if resumed is not None and resumed["step"] >= stage.steps:
         print(f"{stage.name}: done ({stage.steps} steps)", flush=True)
         return
     for name in () if resumed else stage.needs:
-        load_parts(bundle, torch.load(checkpoint_of(directory, name), weights_only=True)["model"], name)
+        load_parts(bundle, read_checkpoint(directory, name)["model"], name)
     optimizers = make_optimizers(stage, bundle)
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     for parameter in bundle.parameters():
@@ -484,7 +528,7 @@ def train_stage(stage: Stage, directory: Path, device: str, save_every: float = 
             "metrics": running,
         }
         torch.save(state, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        file.with_suffix(".tmp").replace(file)
 
     began = saved = shown = time.monotonic()
     first = step
@@ -492,7 +536,7 @@ def train_stage(stage: Stage, directory: Path, device: str, save_every: float = 
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, stage.steps)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             loss, metrics = losses_of(stage, bundle, step)
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -525,13 +569,6 @@ def load_parts(bundle: Bundle, state: dict[str, Tensor], stage: str) -> None:
     bundle.load_state_dict(state, strict=False)
 
 
-def export(directory: Path, name: str) -> LlavaForConditionalGeneration:
-    """The model of a finished or running stage, without what only training needs."""
-    bundle = Bundle()
-    bundle.load_state_dict(torch.load(checkpoint_of(directory, name), weights_only=True)["model"])
-    return bundle.llava
-
-
 def in_order(names: Sequence[str]) -> Iterator[Stage]:
     """The wanted stages and all they need, in the order of the recipe."""
     wanted = set(names)
@@ -541,18 +578,18 @@ def in_order(names: Sequence[str]) -> Iterator[Stage]:
     return (stage for stage in RECIPE if stage.name in wanted)
 
 
-def main(run: Callable[..., None] = train_stage) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", action="append", choices=list(STAGES), help="train this stage and what it needs")
     parser.add_argument("--runs", type=Path, default=Path("runs/testbed"), help="where checkpoints of stages are kept")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.runs.mkdir(parents=True, exist_ok=True)
     for stage in in_order(args.stage or [stage.name for stage in RECIPE]):
-        run(stage, args.runs, args.device)
+        train_stage(stage, args.runs, args.device)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ model's grid of 24 x 24 patches. The tasks follow the benchmarks that visual-tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +28,12 @@ SPRITE_SIZES = (24, 32)
 SIGN_SIZE = (48, 16)
 """Pixels, width and height; 6 x 2 patches."""
 
-CLASSES = (
-    "cat dog fish bird car tree house apple star heart moon bell key book cup umbrella mushroom rocket guitar clock "
-    "crown boat butterfly anchor"
-).split()
+CLASSES = tuple(
+    str.split(
+        "cat dog fish bird car tree house apple star heart moon bell key book cup umbrella mushroom rocket guitar "
+        "clock crown boat butterfly anchor"
+    )
+)
 COLORS = {
     "red": (225, 45, 45),
     "yellow": (245, 215, 50),
@@ -39,7 +42,7 @@ COLORS = {
     "purple": (180, 70, 215),
     "white": (245, 245, 245),
 }
-WORDS = "open exit stop taxi cafe bank park shop bus gym zoo news sale food post milk".split()
+WORDS = tuple(str.split("open exit stop taxi cafe bank park shop bus gym zoo news sale food post milk"))
 NUMBERS = ("one", "two", "three", "four")
 QUADRANTS = ("upper-left", "upper-right", "lower-left", "lower-right")
 LETTERS = ("a", "b", "c", "d")
@@ -184,9 +187,7 @@ def _names(rng: np.random.Generator, count: int, singles: int) -> list[str]:
     return [str(classes[i]) for i, times in enumerate(copies) for _ in range(times)]
 
 
-def _questions(
-    rng: np.random.Generator, objects: tuple[SceneObject, ...], word: str
-) -> tuple[Question, ...] | None:
+def _questions(rng: np.random.Generator, objects: tuple[SceneObject, ...], word: str) -> tuple[Question, ...] | None:
     """Two questions a task; None if this layout does not allow one without doubt."""
     where: dict[str, list[int]] = {}
     for i, o in enumerate(objects):
@@ -205,13 +206,13 @@ def _questions(
     if len(single) < 2 or len(clear) < 2 or len(pairs) < 2:
         return None
 
-    def pick(options: list, k: int) -> list:  # without replacement
+    def pick(options: Sequence[Any], k: int) -> list[Any]:  # without replacement
         return [options[i] for i in rng.permutation(len(options))[:k]]
 
     def yes_no(yes: bool) -> str:
         return "yes" if yes else "no"
 
-    def options(answer: str, others: list[str]) -> tuple[str, str]:
+    def options(answer: str, others: Sequence[str]) -> tuple[str, str]:
         letter = int(rng.integers(4))
         words = pick([w for w in others if w != answer], 3)
         words.insert(letter, answer)
@@ -222,7 +223,9 @@ def _questions(
     for there in rng.permutation([True, False]) if rng.random() < 0.5 else rng.random(2) < 0.5:
         name = pick(present if there else absent, 1)[0]
         questions.append(
-            Question("existence", f"is there a {name} in the picture ?", yes_no(bool(there)), tuple(where.get(name, ())))
+            Question(
+                "existence", f"is there a {name} in the picture ?", yes_no(bool(there)), tuple(where.get(name, ()))
+            )
         )
 
     i, j = pick(single, 2)
@@ -299,7 +302,7 @@ def _sprites() -> dict[int, list[tuple[NDArray[np.float32], NDArray[np.float32]]
     """Pixel size -> (luminance, alpha) in 0..1 of every class."""
     sheets = {}
     for size in SPRITE_SIZES:
-        sheet = np.asarray(Image.open(ASSETS / f"sprites-{size}.png"), dtype=np.float32) / 255
+        sheet = np.asarray(Image.open(ASSETS / f"sprites-{size}.png"), dtype=np.float32) / np.float32(255)
         cells = [sheet[:, i * size : (i + 1) * size] for i in range(len(CLASSES))]
         sheets[size] = [(cell[..., 0], cell[..., 1]) for cell in cells]
     return sheets
@@ -308,5 +311,5 @@ def _sprites() -> dict[int, list[tuple[NDArray[np.float32], NDArray[np.float32]]
 @cache
 def _signs() -> NDArray[np.float32]:
     """Letter coverage in 0..1 of every word's board. `words height width`."""
-    boards = np.asarray(Image.open(ASSETS / "signs.png"), dtype=np.float32) / 255
+    boards = np.asarray(Image.open(ASSETS / "signs.png"), dtype=np.float32) / np.float32(255)
     return boards.reshape(len(WORDS), SIGN_SIZE[1], SIGN_SIZE[0])
