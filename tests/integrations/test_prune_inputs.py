@@ -141,13 +141,11 @@ def test_a_padded_batch_equals_single_rows(pristine_model: Any, make_inputs: Mak
     ]
     assert batch.record is not None
     chosen = torch.cat([single.record.indices for single in singles if single.record is not None])
-    if type(pruner).__name__ != "RandomPruner":  # whose draws belong to a place in the batch
-        assert torch.equal(batch.record.indices, chosen)
+    assert torch.equal(batch.record.indices, chosen)
     with torch.no_grad():
         together = pristine_model(**batch.inputs).logits[:, -1]
         alone = torch.cat([pristine_model(**single.inputs).logits[:, -1] for single in singles])
-    same = slice(None) if type(pruner).__name__ != "RandomPruner" else slice(2, 3)
-    torch.testing.assert_close(together[same], alone[same], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_adjacent_images_are_told_apart(pristine_model: Any, make_inputs: MakeInputs) -> None:
