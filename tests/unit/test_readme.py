@@ -1,0 +1,50 @@
+"""What README.md and the other documents promise holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dcp_prune.registry import get_pruner, list_pruners
+from dcp_prune.report.tables import main
+
+PROJECT = Path(__file__).parents[2]
+README = (PROJECT / "README.md").read_text()
+DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+
+
+def test_the_tables_are_up_to_date_with_the_result_files():
+    assert main(["--check", str(PROJECT / "README.md")]) == 0
+
+
+def test_the_python_example_runs_as_it_stands_and_reads_sixteen_tokens(tmp_path):
+    # The same architecture, untrained: what is shown must run, not answer well.
+    from dcp_prune.testbed.model import make_model, save
+
+    save(make_model(), tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    hub_name = "llava-hf/llava-1.5-7b-hf"
+    assert hub_name in example
+    names = {"image": Image.new("RGB", (192, 192), "red")}
+    exec(example.replace(hub_name, str(tmp_path)), names)
+    handle, ids = names["handle"], names["ids"]
+    assert (handle.last.tokens_before, handle.last.tokens_after) == (576, 16)  # type: ignore[attr-defined]
+    assert ids.shape[1] > names["inputs"]["input_ids"].shape[1]  # type: ignore[attr-defined, index]
+
+
+@pytest.mark.parametrize("name", list_pruners())
+def test_every_pruner_is_listed_with_a_link_to_its_source(name):
+    source = get_pruner(name).__module__.replace(".", "/") + ".py"
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` | ") and "[source]" in line]
+    assert f"[source](src/{source})" in row
+    assert (PROJECT / "src" / source).is_file()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_relative_link_leads_to_a_file(document):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", document.read_text())
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing
