@@ -37,6 +37,7 @@ readme: $(RUNTIME) ## rebuild the README's tables from results/
 
 train-testbed: $(RUNTIME) ## train the testbed model, going on from its last checkpoint (hours on a CPU)
 	$(BIN)/python -m dcp_prune.testbed.train $(ARGS)
+	$(BIN)/python -m dcp_prune.testbed.card
 
 $(RUNTIME): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

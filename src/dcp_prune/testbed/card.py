@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from transformers import LlavaForConditionalGeneration
 
 from dcp_prune.testbed import model as testbed_model
@@ -71,7 +70,7 @@ def alignment(scene: Scene, cosines: torch.Tensor) -> dict[str, float]:
                 on |= scene.patches(i)
         on = on.ravel()
         value = cosines[:, ID[name]].numpy()
-        ranks = rankdata(value)
+        ranks = value.argsort().argsort() + 1
         hits = int(on.sum())
         auc = (ranks[on].sum() - hits * (hits + 1) / 2) / (hits * (on.size - hits))
         rows.append((auc, value[on].mean(), value[~on].mean()))

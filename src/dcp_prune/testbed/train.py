@@ -70,7 +70,7 @@ WEAK_ANGLE = 86.0
 
 RECIPE = (
     Stage("vision-small", (), 700, 32, 0.02, 0),
-    Stage("vision", ("vision-small",), 1700, 8, 0.01, 100_000_000),
+    Stage("vision", ("vision-small",), 2400, 8, 0.01, 100_000_000),
     Stage("language", (), 2000, 16, 0.01, 200_000_000),
     Stage("language-weak", ("language",), 1000, 16, 0.007, 300_000_000),
     Stage("projector", ("vision", "language"), 150, 8, 0.01, 400_000_000),
@@ -113,6 +113,9 @@ class Bundle(nn.Module):
 
 PATCH_TARGETS = {"class": len(CLASSES) + 2, "color": len(COLORS) + 1, "word": len(WORDS) + 1, "count": 5, "corner": 2}
 """What the vision encoder tells about each patch, and how many answers each has; 0 is always `nothing`."""
+
+PATCH_LOSS = {"count": 2.0, "corner": 0.5}
+"""Weights of these losses where they are not 1; counting is what is learned last."""
 
 
 def plain_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
@@ -263,7 +266,7 @@ def vision_loss(bundle: Bundle, scenes: Sequence[Scene], features: Tensor, cls: 
         part = logits[..., start : start + size]
         start += size
         wrong = F.cross_entropy(part.flatten(0, 1), labels[name].flatten(), reduction="none").view_as(weight)
-        loss = loss + (wrong * weight).sum() * (0.5 if name == "corner" else 1.0)
+        loss = loss + (wrong * weight).sum() * PATCH_LOSS.get(name, 1.0)
         relevant = labels[name] > 0 if name == "word" else object_patch
         metrics[name] = (part.argmax(-1) == labels[name])[relevant].float().mean().item()
     grid = scenes[0].grid
@@ -454,7 +457,13 @@ def trained_parts(stage: Stage, bundle: Bundle) -> list[tuple[list[nn.Module | n
 
 
 def make_optimizers(stage: Stage, bundle: Bundle) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, AdamW for embeddings, heads, norms and biases."""
+    """Muon for the matrices inside blocks, AdamW for embeddings, heads, norms and biases.
+
+    Raises:
+        InvalidInputError: this PyTorch has no Muon.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise InvalidInputError(f"training needs the Muon optimizer of torch 2.9 or newer, this is {torch.__version__}")
     muon, adam = [], []
     for parts, factor in trained_parts(stage, bundle):
         for part in parts:
