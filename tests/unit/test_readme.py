@@ -36,11 +36,17 @@ def test_the_python_example_runs_as_it_stands_and_reads_sixteen_tokens(tmp_path)
 
 
 @pytest.mark.parametrize("name", list_pruners())
-def test_every_pruner_is_listed_with_a_link_to_its_source(name):
+def test_every_pruner_is_listed_with_its_page_and_its_source(name):
     source = get_pruner(name).__module__.replace(".", "/") + ".py"
     (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` | ") and "[source]" in line]
-    assert f"[source](src/{source})" in row
-    assert (PROJECT / "src" / source).is_file()
+    assert f"[how](docs/methods/{name}.md) [source](src/{source})" in row
+
+
+def test_the_architecture_page_names_every_module_of_the_package():
+    page = (PROJECT / "docs" / "architecture.md").read_text()
+    modules = [path for path in (PROJECT / "src").rglob("*.py") if path.name != "__init__.py"]
+    assert len(modules) > 20
+    assert not [path.name for path in modules if not re.search(rf"\b{path.name}\b", page)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
