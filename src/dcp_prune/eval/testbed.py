@@ -57,7 +57,8 @@ class Answers:
     Attributes:
         method: who.
         num_tokens: visual tokens that the language model read.
-        correct: by question. `q`.
+        words: ids of the first new token, by question. `q`.
+        correct: whether that is the answer, by question. `q`.
         kappa: shift of the features that reached the language model against those of an unpruned encoder pass, by
             question; None without an image. `q`.
         seconds: spent on its own selection and prefill, and on the encoder pass that it used, which others may share.
@@ -65,6 +66,7 @@ class Answers:
 
     method: Method
     num_tokens: int
+    words: Int[np.ndarray, "q"]
     correct: Bool[np.ndarray, "q"]
     kappa: Float[np.ndarray, "q"] | None
     seconds: float
@@ -159,7 +161,8 @@ def evaluate(
     for scenes in _batches(seeds, limit, difficulty, images_at_once):
         questions = [question for _, asked in scenes for question in asked]
         owner = [number for number, (_, asked) in enumerate(scenes) for _ in asked]
-        for results, batch in zip(collected, runner.run([scene for scene, _ in scenes], questions, owner), strict=True):
+        batches = runner.run([scene for scene, _ in scenes], questions, owner)
+        for results, batch in zip(collected, batches, strict=True):
             results.append(batch)
         images.extend(len(used) + number for number in owner)
         tasks.extend(question.task for question in questions)
@@ -169,6 +172,7 @@ def evaluate(
         Answers(
             method,
             results[0].num_tokens,
+            np.concatenate([batch.words for batch in results]),
             np.concatenate([batch.correct for batch in results]),
             None if results[0].kappa is None else np.concatenate([batch.kappa for batch in results]),  # type: ignore[misc]
             sum(batch.seconds for batch in results),
@@ -238,6 +242,7 @@ def split_name(seeds: Sequence[int]) -> str:
 @dataclass(frozen=True)
 class _Batch:
     num_tokens: int
+    words: Int[np.ndarray, "q"]
     correct: Bool[np.ndarray, "q"]
     kappa: Float[np.ndarray, "q"] | None
     seconds: float
@@ -276,6 +281,7 @@ class _Runner:
                 shift = (shift if len(shift) == len(index) else shift[index]).cpu().numpy()
             yield _Batch(
                 num_tokens=0 if features is None else features.shape[1],
+                words=words.cpu().numpy(),
                 correct=(words == wanted).cpu().numpy(),
                 kappa=shift,
                 seconds=seconds + spent,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dcp_prune.testbed.world import CLASSES, COLORS, LETTERS, NUMBERS, QUADRANTS, WORDS
@@ -30,8 +30,17 @@ def vocabulary() -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, split at spaces; the role names are special tokens, so they never count as question words."""
+    """One token a word, whatever its case; the role names are special tokens, so they never count as question words."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token=UNKNOWN))
+    # The world's own questions stay as they are; people write "What colour is the cat?".
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace("colour", "color"),
+            normalizers.Replace(Regex(r"[?]+"), " ? "),
+            normalizers.Replace(Regex(r"[.,;:!]+"), " "),
+        ]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL.index(BOS))]

@@ -73,7 +73,7 @@ class Tile:
 
     Attributes:
         image: the panel.
-        caption: lines below it; the first is dark, the others are soft.
+        caption: paragraphs below it, wrapped; the first is dark, the others are soft.
         correct: draws a frame in the colour for right or wrong; None draws none.
     """
 
@@ -107,7 +107,7 @@ def heat_map(image: Image.Image, saliency: Float[np.ndarray, "n"], grid: Grid) -
 
 
 def kept_tokens(image: Image.Image, kept: Sequence[int], grid: Grid) -> Image.Image:
-    """The picture with the kept patches as they are and outlined, all others dark and grey.
+    """The picture with the kept patches as they are and framed, all others dark and greyish.
 
     Args:
         image: what the model saw.
@@ -117,7 +117,7 @@ def kept_tokens(image: Image.Image, kept: Sequence[int], grid: Grid) -> Image.Im
     panel = np.asarray(enlarged(image, grid), dtype=np.float64)
     keep = np.zeros(grid.rows * grid.cols, dtype=bool)
     keep[[index for index in kept if index >= 0]] = True
-    dim = 0.32 * panel.mean(axis=-1, keepdims=True) + 0.08 * panel + 18
+    dim = 0.3 * panel.mean(axis=-1, keepdims=True) + 0.15 * panel + 20
     picture = _picture(np.where(grid.spread(keep)[..., None], panel, dim))
     _outline(picture, np.flatnonzero(keep).tolist(), grid)
     return picture
@@ -200,26 +200,37 @@ def sheet(rows: Sequence[Sequence[Tile]], *, title: str, subtitle: str = "", foo
     text = [(title, 22, _INK), (subtitle, 15, _SOFT)]
     heads = [(line, size, ink) for words, size, ink in text for line in _wrapped(words, size, width - 2 * _MARGIN)]
     feet = [(line, 13, _SOFT) for line in _wrapped(footer, 13, width - 2 * _MARGIN)]
-    heights = [max(tile.image.height + 20 * len(tile.caption) for tile in row) + _MARGIN for row in rows]
+    captions = [[_caption(tile) for tile in row] for row in rows]
+    heights = [
+        max(tile.image.height + 19 * len(lines) + 6 for tile, lines in zip(row, texts, strict=True)) + _MARGIN
+        for row, texts in zip(rows, captions, strict=True)
+    ]
     lines_height = sum(round(size * 1.4) for _, size, _ in heads + feet)
     page = Image.new("RGB", (width, lines_height + sum(heights) + 2 * _MARGIN + (8 if heads else 0)), _PAPER)
     draw = ImageDraw.Draw(page)
     top = _lines(draw, heads, _MARGIN) + (8 if heads else 0)
-    for row, height in zip(rows, heights, strict=True):
+    for row, texts, height in zip(rows, captions, heights, strict=True):
         left = _MARGIN
-        for tile in row:
+        for tile, caption in zip(row, texts, strict=True):
             page.paste(tile.image, (left, top))
             right, bottom = left + tile.image.width, top + tile.image.height
             if tile.correct is not None:
                 frame = (left - 4, top - 4, right + 3, bottom + 3)
                 draw.rectangle(frame, outline=RIGHT if tile.correct else WRONG, width=4)
-            for number, line in enumerate(tile.caption):
-                place = (left, bottom + 6 + 19 * number)
-                draw.text(place, _cut(line, 14, tile.image.width + 6), _SOFT if number else _INK, _font(14))
+            for number, (line, ink) in enumerate(caption):
+                draw.text((left, bottom + 6 + 19 * number), line, ink, _font(14))
             left = right + _MARGIN
         top += height
     _lines(draw, feet, top)
     return page
+
+
+def _caption(tile: Tile) -> list[tuple[str, tuple[int, int, int]]]:
+    return [
+        (line, _SOFT if number else _INK)
+        for number, words in enumerate(tile.caption)
+        for line in _wrapped(words, 14, tile.image.width)
+    ]
 
 
 def _picture(values: Float[np.ndarray, "h w 3"]) -> Image.Image:
@@ -235,14 +246,16 @@ def _slot_colour(slot: int) -> tuple[int, int, int]:
 
 
 def _outline(picture: Image.Image, indices: Sequence[int], grid: Grid) -> None:
-    # Yellow inside black shows on any ground; the patch's own pixels carry both, so neighbours stay apart.
+    # Yellow inside black shows on any ground. The frame lies around the patch, and no frame covers a kept patch.
+    boxes = [grid.box(index) for index in indices]
+    patches = [picture.crop((left, top, right + 1, bottom + 1)) for left, top, right, bottom in boxes]
     draw = ImageDraw.Draw(picture)
     width = 2 if grid.cell >= 12 else 1
-    for index in indices:
-        left, top, right, bottom = grid.box(index)
-        if grid.cell >= 6:
-            draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0))
-        draw.rectangle((left, top, right, bottom), outline=(255, 225, 25), width=width)
+    for reach, ink in ((width + 1, (0, 0, 0)), (width, (255, 225, 25))):
+        for left, top, right, bottom in boxes:
+            draw.rectangle((left - reach, top - reach, right + reach, bottom + reach), fill=ink)
+    for (left, top, _, _), patch in zip(boxes, patches, strict=True):
+        picture.paste(patch, (left, top))
 
 
 def _borders(picture: Image.Image, assignment: Int[np.ndarray, "n"], grid: Grid) -> None:

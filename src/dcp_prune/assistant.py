@@ -1,0 +1,259 @@
+"""A vision-language model that is asked one question about one image, with all visual tokens or with a few."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from dcp_prune.errors import InvalidInputError, UnsupportedModelError
+from dcp_prune.functional.distribution import kappa
+from dcp_prune.integrations.transformers import (
+    PruneRecord,
+    encode_images,
+    prune_inputs,
+    supported_architectures,
+)
+from dcp_prune.pruners.base import Pruner
+from dcp_prune.pruners.cls_attention import ClsAttentionPruner
+from dcp_prune.testbed.load import CHECKPOINTS, DEFAULT_CHECKPOINT, load
+
+TESTBED_MODELS = {f"testbed-{name}": name for name in CHECKPOINTS} | {"testbed": DEFAULT_CHECKPOINT}
+"""Names of the models that come with the package, and the checkpoints they stand for."""
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as the model sees it.
+
+    Attributes:
+        image: the pixels that entered the encoder, after resizing and cropping.
+        shape: (rows, cols) of the patch grid; their product is n.
+        features: what the language model would read without pruning. `1 n d`.
+        saliency: attention that [CLS] pays to each patch, None if the encoder has no [CLS]. `n`.
+    """
+
+    image: Image.Image
+    shape: tuple[int, int]
+    features: Float[Tensor, "1 n d"]
+    saliency: Float[np.ndarray, "n"] | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer and what it took.
+
+    Attributes:
+        text: what was generated.
+        visual_tokens: that the language model read.
+        prefill_tokens: length of the prompt that it read, visual tokens included.
+        milliseconds: to the first new token: vision encoder, selection and prefill.
+        kappa: shift of the features that reached the language model against those of the unpruned `View`.
+        record: what the pruner did; None without one.
+    """
+
+    text: str
+    visual_tokens: int
+    prefill_tokens: int
+    milliseconds: float
+    kappa: float
+    record: PruneRecord | None
+
+    @property
+    def word(self) -> str:
+        """The first word of the answer, in lower case."""
+        return (self.text.split() or [""])[0].lower().strip(".,;:!?\"'")
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A model with its processor.
+
+    Attributes:
+        name: as it was asked for.
+        model, processor: of transformers.
+    """
+
+    name: str
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+    @classmethod
+    def load(cls, name: str) -> Assistant:
+        """A testbed model by name, or any supported model by folder or hub name.
+
+        Raises:
+            InvalidInputError: nothing of that name can be loaded.
+            UnsupportedModelError: the model has no adapter.
+        """
+        if name in TESTBED_MODELS:
+            return cls(name, *load(TESTBED_MODELS[name]))
+        return cls(name, *_from_pretrained(name))
+
+    def prompt(self, question: str) -> str:
+        """The prompt that asks `question` about one image, in the model's own chat format.
+
+        Raises:
+            InvalidInputError: the question is empty or holds an image placeholder itself.
+        """
+        if not question.strip():
+            raise InvalidInputError('the question is empty; ask something, for example "what color is the cat ?"')
+        marker = image_marker(self.processor)
+        if marker in question:
+            raise InvalidInputError(
+                f"with the {marker} in the question there are more {marker} than images; "
+                f"take it out, the one {marker} that belongs to the image is added for you"
+            )
+        if getattr(self.processor, "chat_template", None) is None:
+            return f"USER: {marker}\n{question.strip()} ASSISTANT:"
+        turn = [{"type": "image"}, {"type": "text", "text": question.strip()}]
+        processor: Any = self.processor
+        return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+
+    def unknown_words(self, question: str) -> tuple[str, ...]:
+        """Words of the question that this model's tokenizer cannot tell from any other unknown word."""
+        tokenizer: Any = self.processor.tokenizer  # type: ignore[attr-defined]
+        unknown = tokenizer.unk_token_id
+        if unknown is None:
+            return ()
+        words = dict.fromkeys(question.split())
+        return tuple(word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"])
+
+    @torch.inference_mode()
+    def look(self, image: Image.Image) -> View:
+        """What the model sees of an image, without any pruning."""
+        images: Any = self.processor.image_processor  # type: ignore[attr-defined]
+        pixels = images(image, return_tensors="pt")["pixel_values"].to(self.model.device, self.model.dtype)
+        tokens = encode_images(self.model, pixels, ClsAttentionPruner(num_tokens=1)).tokens
+        rows, cols = (int(size) + 1 for size in tokens.positions[0].amax(dim=0).tolist())
+        attention = None if tokens.encoder is None else tokens.encoder.cls_attention
+        colours = pixels[0].float().cpu() * torch.tensor(images.image_std).view(3, 1, 1)
+        colours = (colours + torch.tensor(images.image_mean).view(3, 1, 1)).clamp(0, 1).permute(1, 2, 0)
+        return View(
+            image=Image.fromarray((colours * 255).round().byte().numpy()),
+            shape=(rows, cols),
+            features=tokens.features,
+            saliency=None if attention is None else attention[0].float().cpu().numpy(),
+        )
+
+    @torch.inference_mode()
+    def ask(
+        self, image: Image.Image, view: View, prompt: str, pruner: Pruner | None = None, *, max_new_tokens: int = 1
+    ) -> Reply:
+        """Answers one prompt greedily.
+
+        Args:
+            image: RGB.
+            view: of the same image, from `look`.
+            prompt: with exactly one image placeholder.
+            pruner: None reads all visual tokens.
+            max_new_tokens: where the answer is cut off at the latest.
+
+        Raises:
+            InvalidInputError: the prompt does not hold exactly one placeholder, or `max_new_tokens` is below 1.
+        """
+        check_placeholders(prompt, image_marker(self.processor))
+        if max_new_tokens < 1:
+            raise InvalidInputError(f"an answer needs at least 1 new token, got max_new_tokens={max_new_tokens}")
+        inputs: Any = self.processor(images=image, text=prompt, return_tensors="pt")  # type: ignore[operator]
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        clock = _Clock(self.model.device)
+        short: Mapping[str, Any] = inputs
+        record, features = None, view.features
+        if pruner is not None:
+            pruned = prune_inputs(self.model, inputs, pruner, processor=self.processor)
+            short, record = pruned.inputs, pruned.record
+            features = view.features if pruned.features is None else pruned.features
+        generate: Any = self.model.generate
+        ids = generate(
+            **short, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=StoppingCriteriaList([clock])
+        )
+        length = short["input_ids"].shape[1]
+        tokenizer: Any = self.processor.tokenizer  # type: ignore[attr-defined]
+        return Reply(
+            text=tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip(),
+            visual_tokens=features.shape[1],
+            prefill_tokens=length,
+            milliseconds=clock.milliseconds,
+            kappa=float(kappa(features, view.features)[0]),
+            record=record,
+        )
+
+
+def image_marker(processor: Any) -> str:
+    """What stands for an image in this processor's prompts."""
+    return str(getattr(processor, "image_token", "<image>"))
+
+
+def check_placeholders(prompt: str, marker: str = "<image>") -> None:
+    """Makes sure that a prompt speaks of exactly one image.
+
+    Raises:
+        InvalidInputError: it holds no placeholder, or more than one.
+    """
+    count = prompt.count(marker)
+    if count == 0:
+        raise InvalidInputError(
+            f"the prompt holds no {marker}, so the model would not see the image; write {marker} where it belongs"
+        )
+    if count > 1:
+        raise InvalidInputError(f"the prompt holds {count} {marker} but 1 image was given; keep one {marker}")
+
+
+class _Clock(StoppingCriteria):
+    """Never stops anything; notes when the first new token was there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.began = self._now()
+        self.milliseconds = 0.0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() * 1e3
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if not self.milliseconds:
+            self.milliseconds = self._now() - self.began
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _from_pretrained(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        known = ", ".join(sorted(TESTBED_MODELS))
+        raise InvalidInputError(
+            f"there is no model at {name}; give a model's folder, a hub name like org/name, or {known}"
+        )
+    if path.exists() and not (path / "config.json").is_file():
+        raise InvalidInputError(f"{name} holds no model, since config.json is missing; give the folder that holds it")
+    source = str(path) if path.exists() else name
+    try:
+        architectures = AutoConfig.from_pretrained(source).architectures or ["unknown"]
+        supported = supported_architectures()
+        if architectures[0] not in supported:
+            raise UnsupportedModelError(
+                f"{name} is a {architectures[0]}, which cannot be pruned; supported: {', '.join(supported)}"
+            )
+        processor = AutoProcessor.from_pretrained(source)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # the hub, the file system and the parsers each raise kinds of their own
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise InvalidInputError(f"the model {name} cannot be loaded: {cause[:300]}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), processor
