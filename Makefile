@@ -8,7 +8,7 @@ RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench readme train-testbed
+.PHONY: help demo test lint format bench results readme train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -31,6 +31,14 @@ format: $(DEV) ## rewrite the code in the project's style
 
 bench: $(RUNTIME) ## time to first token of a 1.5B-parameter LLaVA on this machine (ARGS="--tiny" tries it out in seconds)
 	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--json results/latency-cpu.json)
+
+results: $(RUNTIME) ## measure quality on held-out seeds for the README: both checkpoints, crowded pictures (LIMIT=1000 questions)
+	for checkpoint in weak aligned; do \
+		$(BIN)/dcp-prune testbed eval --difficulty crowded --checkpoint $$checkpoint --limit $(or $(LIMIT),2000) \
+			--pruner dcp --pruner cls_attention --pruner uniform --pruner random --pruner none \
+			--num-tokens 64 --num-tokens 32 --num-tokens 16 --num-tokens 0 \
+			--json results/testbed-$$checkpoint-crowded.json || exit; \
+	done
 
 readme: $(RUNTIME) ## rebuild the README's tables from results/
 	$(BIN)/python -m dcp_prune.report.tables README.md
