@@ -127,7 +127,8 @@ def test_a_plain_call_agrees_with_the_first_generated_token(
     inputs = make_inputs(PROMPTS[1])
     with prune(model, pruner) as handle, torch.no_grad():
         output = model(**inputs)
-        columns = handle.last_inputs.columns  # type: ignore[union-attr]
+        assert handle.last is not None
+        columns = handle.last.columns
         first = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
     assert output.logits.shape[1] == columns.shape[1] == inputs["input_ids"].shape[1] - 2 * (N - 8)
     assert torch.equal(output.logits[:, -1].argmax(dim=-1), first)
@@ -321,6 +322,7 @@ def test_compiled_encoder_layers_run_compiled_and_choose_the_same_tokens(
     assert counter.frame_count > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_generates_the_same(model: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(PROMPTS[1])
     with prune(model, make_pruner("dcp", num_tokens=8)):
@@ -329,12 +331,29 @@ def test_a_compiled_forward_generates_the_same(model: Any, make_inputs: MakeInpu
         assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
 
 
+def test_a_model_whose_weights_are_offloaded_chooses_the_same_tokens(
+    model: Any, make_inputs: MakeInputs, pruner: Pruner
+) -> None:
+    from accelerate import cpu_offload
+
+    inputs = make_inputs(PROMPTS[1])
+    expected = prune_inputs(model, inputs, pruner)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.vision_tower.encoder.layers[0].self_attn.k_proj.weight.is_meta
+    with prune(model, pruner) as handle:
+        ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert ids.shape[1] == inputs["input_ids"].shape[1] + 2
+    assert expected.record is not None
+    assert handle.last is not None
+    assert torch.equal(handle.last.indices, expected.record.indices)
+
+
 def test_the_image_text_pipeline_answers_a_chat_and_a_batch(model: Any, processor: Any, pruner: Pruner) -> None:
     from PIL import Image
 
     image = Image.effect_mandelbrot((90, 84), (-2, -1, 1, 1), 50).convert("RGB")
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what is this"}]}]
-    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    pipe: Any = pipeline("image-text-to-text", model=model, processor=processor)
     with prune(model, pruner, processor=processor) as handle:
         (answer,) = pipe(text=chat, max_new_tokens=3, return_full_text=False)
         assert handle.last is not None

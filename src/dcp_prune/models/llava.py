@@ -80,7 +80,9 @@ class LlavaAdapter(ModelAdapter):
         lap: Callable[[str], None] = lambda name: None,
     ) -> EncodedImages:
         plan = {stage.layer: stage for stage in self.check_stages(stages)}
-        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values.to(self.tower.device)))
+        weight = self.tower.embeddings.patch_embedding.weight
+        pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
+        hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixels))
         rows, cols = self.grid(pixel_values)
         blank = VisualTokens.from_features(hidden[:, 1:], grid=(rows, cols))
         positions, indices, assignment = blank.positions, blank.indices, blank.assignment
@@ -96,6 +98,8 @@ class LlavaAdapter(ModelAdapter):
             hidden = layer(hidden, attention_mask=None)
             if stage is not None:
                 lap("encode")
+                # Layers may live on several devices.
+                positions, indices, assignment = (each.to(hidden.device) for each in (positions, indices, assignment))
                 done = stage.reduce(EncoderTokens(hidden[:, 1:], positions, indices, **captured))
                 hidden = torch.cat((hidden[:, :1], done.features.to(hidden.dtype)), dim=1)
                 positions = positions.gather(1, done.kept.unsqueeze(-1).expand(-1, -1, 2))
@@ -104,14 +108,17 @@ class LlavaAdapter(ModelAdapter):
                 stats.append(done.stats)
                 lap("select")
         features = self.model.model.multi_modal_projector(hidden[:, 1:])
+        device = features.device
+        positions, indices = positions.to(device), indices.to(device)
+        captured = {name: value.to(device) for name, value in captured.items()}
         tokens = VisualTokens(
             features=features,
-            mask=torch.ones(indices.shape, dtype=torch.bool, device=indices.device),
+            mask=torch.ones_like(indices, dtype=torch.bool),
             positions=positions,
             indices=indices,
             num_original=rows * cols,
-            assignment=assignment,
-            encoder=EncoderTokens(hidden[:, 1:], positions, indices, **captured) if signals else None,
+            assignment=assignment.to(device),
+            encoder=EncoderTokens(hidden[:, 1:].to(device), positions, indices, **captured) if signals else None,
         )
         return EncodedImages(tokens, tuple(plan.values()), tuple(stats))
 

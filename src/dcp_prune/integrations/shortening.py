@@ -1,0 +1,438 @@
+"""One call's inputs made shorter: the images are encoded and pruned, and the text side is cut to match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dcp_prune.errors import InvalidInputError
+from dcp_prune.integrations.prompt import (
+    compact_positions,
+    find_question,
+    locate_images,
+    surviving_columns,
+    take_columns,
+)
+from dcp_prune.integrations.stopwatch import Stopwatch
+from dcp_prune.models import EncodedImages, ModelAdapter, get_adapter
+from dcp_prune.pruners.base import Pruner
+from dcp_prune.tokens import Signal
+
+
+@dataclass(frozen=True, eq=False)
+class PruneRecord:
+    """What one call with images did.
+
+    Attributes:
+        pruner: the pruner that did it.
+        tokens_before, tokens_after: visual tokens per image.
+        prompt_before: columns of the original prompt, padding included.
+        columns: column of the original prompt in each column of the short one, -1 for padding. `b m`.
+        rows: batch row of each image. `i`.
+        indices: ascending positions of the kept tokens among the original ones. `i k`.
+        assignment: original token -> slot that absorbed it, -1 if it was dropped. `i n`.
+        stats: what the pruner reported, e.g. `kappa` `i`.
+        stage_stats: what each in-encoder stage reported.
+        watch: the running times; read them as `milliseconds`.
+    """
+
+    pruner: Pruner
+    tokens_before: int
+    tokens_after: int
+    prompt_before: int
+    columns: Int[Tensor, "b m"]
+    rows: Int[Tensor, " i"]
+    indices: Int[Tensor, "i k"]
+    assignment: Int[Tensor, "i n"]
+    stats: Mapping[str, Tensor]
+    stage_stats: tuple[Mapping[str, Tensor], ...]
+    watch: Stopwatch
+
+    @classmethod
+    def idle(
+        cls, pruner: Pruner, num_tokens: int, width: int, rows: Int[Tensor, " i"], num_rows: int, watch: Stopwatch
+    ) -> Self:
+        """The record of a call that removes nothing."""
+        every = torch.arange(num_tokens, device=rows.device).expand(len(rows), num_tokens)
+        columns = torch.arange(width, device=rows.device).expand(num_rows, width)
+        return cls(pruner, num_tokens, num_tokens, width, columns, rows, every, every, {}, (), watch)
+
+    @property
+    def prompt_after(self) -> int:
+        """Columns of the short prompt, padding included: what prefill processes."""
+        return self.columns.shape[1]
+
+    @property
+    def kappa(self) -> Float[Tensor, " i"] | None:
+        """Run-time distribution shift of the kept tokens, if the pruner measures it."""
+        return self.stats.get("kappa")
+
+    @property
+    def reselected(self) -> Bool[Tensor, " i"] | None:
+        """Whether the shift was severe enough to choose again, if the pruner does such a thing."""
+        return self.stats.get("reselected")
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Time spent in `encode` (vision encoder, projector), `select` (all choosing of tokens, inside the encoder and
+        after it) and `prompt` (shortening the text side)."""
+        return self.watch.milliseconds()
+
+
+@dataclass(frozen=True, eq=False)
+class ShortInputs:
+    """Model inputs with fewer visual tokens, and the way back.
+
+    Attributes:
+        original: the inputs as they were given.
+        record: what was done to the images; None if there were none.
+        columns: column of the original prompt in each column of the short one, -1 for padding; None if nothing changed.
+            With a cache, both prompts begin with the conversation so far. `b m`.
+        width: columns of the original prompt.
+        tensors: the short inputs without the images.
+        features: the visual tokens that are left; None if there are none or nothing changed. `i k d`.
+    """
+
+    original: Mapping[str, Any]
+    record: PruneRecord | None
+    columns: Int[Tensor, "b m"] | None
+    width: int
+    tensors: Mapping[str, Any]
+    features: Float[Tensor, "i k d"] | None
+    adapter: ModelAdapter = field(repr=False)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Ready for `model(**inputs)` and `model.generate(**inputs)`; a fresh dictionary every time."""
+        images = {} if self.features is None else self.adapter.hand_over(self.features)
+        return {**self.tensors, **images}
+
+    def restore(self, sequences: Int[Tensor, "r s"]) -> Int[Tensor, "r L"]:
+        """What `generate` returned for the short prompt, with the original prompt in front of the new tokens.
+
+        There may be more rows than prompts (beams, `num_return_sequences`).
+        """
+        if self.columns is None:
+            return sequences
+        prompt = self.original["input_ids"].to(sequences.device)
+        prompt = prompt.repeat_interleave(sequences.shape[0] // prompt.shape[0], dim=0)
+        return torch.cat((prompt, sequences[:, self.tensors["input_ids"].shape[1] :]), dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class CachedPrompt:
+    """The beginning of a conversation as it is in a key-value cache.
+
+    Attributes:
+        columns: of the original prompt, in the order in which they were cached; -1 is padding. `b m`.
+        width: columns of the original prompt.
+        ids: the original prompt, where all of it is known. `b w`.
+    """
+
+    columns: Int[Tensor, "b m"]
+    width: int
+    ids: Int[Tensor, "b w"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """Where the new part of a conversation begins; without a cache, all of it is new.
+
+    Attributes:
+        head: columns of the original conversation before the new part, as far as they are in the cache. `b h`.
+        head_width: columns of the original conversation before the new part, dropped ones included.
+        start: column of `input_ids` where the new part begins.
+    """
+
+    head: Int[Tensor, "b h"]
+    head_width: int
+    start: int
+
+    @property
+    def cut(self) -> int:
+        return self.head_width - self.head.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """The images of a call, encoded already or not yet."""
+
+    adapter: ModelAdapter
+    pixels: Float[Tensor, "i c y x"] | None
+    encoded: EncodedImages | None
+
+    def __len__(self) -> int:
+        if self.encoded is not None:
+            return self.encoded.tokens.features.shape[0]
+        return 0 if self.pixels is None else self.pixels.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        if self.encoded is not None:
+            return self.encoded.tokens.num_original
+        rows, cols = self.adapter.grid(self.pixels)
+        return rows * cols
+
+    def select(self, images: list[int]) -> _Images:
+        pixels = None if self.pixels is None else self.pixels[images]
+        return replace(self, pixels=pixels, encoded=self.encoded and self.encoded.select(images))
+
+    def encode(self, pruner: Pruner, lap: Callable[[str], None]) -> EncodedImages:
+        if self.encoded is None:
+            assert self.pixels is not None
+            return encode(self.adapter, self.pixels, (pruner,), lap)
+        stages = self.adapter.check_stages(pruner.encoder_stages(self.num_tokens, self.adapter.num_layers))
+        if stages != self.encoded.stages:
+            raise InvalidInputError(
+                f"these images were encoded with the stages {self.encoded.stages}, but {pruner} wants {stages}; "
+                "encode them with encode_images(model, pixel_values, pruner)"
+            )
+        return self.encoded
+
+
+def encode(
+    adapter: ModelAdapter,
+    pixels: Float[Tensor, "i c y x"],
+    pruners: Sequence[Pruner],
+    lap: Callable[[str], None] = lambda name: None,
+) -> EncodedImages:
+    """One encoder pass for pruners that agree on the stages, with all signals that any of them uses.
+
+    Raises:
+        InvalidInputError: they do not agree, or a stage does not fit the encoder.
+    """
+    rows, cols = adapter.grid(pixels)
+    plans = [adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers)) for pruner in pruners]
+    if any(plan != plans[0] for plan in plans):
+        raise InvalidInputError(
+            f"these pruners drop different tokens inside the encoder and cannot share a pass: {plans}; "
+            "call encode_images once for each of them"
+        )
+    signals = frozenset().union(*(pruner.requires | pruner.optional for pruner in pruners))
+    return adapter.encode(pixels, plans[0] if plans else (), signals & adapter.signals, lap)
+
+
+def shorten(
+    model: Any,
+    inputs: Mapping[str, Any],
+    pruner: Pruner,
+    *,
+    processor: Any = None,
+    text: str | Sequence[str] | None = None,
+    encoded: EncodedImages | None = None,
+    cached: CachedPrompt | None = None,
+    whole_prompt: bool = True,
+) -> ShortInputs:
+    """`prune_inputs` for a conversation that may have begun.
+
+    Args:
+        model, inputs, pruner, processor, text, encoded: as for `prune_inputs`.
+        cached: what is known of the prompt in the cache.
+        whole_prompt: `input_ids` repeat the conversation that is in the cache, as `generate` wants it, unless the mask
+            is longer than they are.
+    """
+    adapter = get_adapter(model)
+    images = _Images(adapter, None if encoded else inputs.get(adapter.image_inputs[0]), encoded)
+    unchanged = ShortInputs(inputs, None, None, 0, inputs, None, adapter)
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    _check_inputs(adapter, model.config, inputs, bool(images))
+    if ids is None:
+        return unchanged
+    turn = _find_turn(ids, mask, inputs.get("past_key_values"), cached, whole_prompt)
+    tail = ids[:, turn.start :]
+    width = turn.head_width + tail.shape[1]
+    if images and turn.head_width:
+        images = images.select(_new_images(ids, tail, adapter.image_token_id, images))
+    if not images and not turn.cut:
+        return unchanged
+
+    watch = Stopwatch(ids.device)
+    record = features = None
+    tail_columns = torch.arange(tail.shape[1], device=ids.device).expand(tail.shape)
+    if images:
+        n = images.num_tokens
+        rows, places = locate_images(tail, adapter.image_token_id, n, len(images))
+        record = PruneRecord.idle(pruner, n, width, rows, ids.shape[0], watch)
+        if pruner.budget.resolve(n) >= n and encoded is None and not turn.cut:
+            return replace(unchanged, record=record)
+        coded = images.encode(pruner, watch.lap)
+        watch.lap("encode")
+        tokens = coded.tokens
+        if Signal.TEXT in pruner.requires | pruner.optional:
+            words = _question(model, ids, mask, adapter.image_token_id, processor, text)
+            tokens = replace(tokens, **_embed(model, words, rows, tokens.features.device))
+        pruned = pruner(tokens)
+        watch.lap("select")
+        features = pruned.features
+        record = replace(
+            record,
+            tokens_after=features.shape[1],
+            indices=pruned.indices,
+            assignment=pruned.assignment,
+            stats=pruned.stats,
+            stage_stats=coded.stage_stats,
+        )
+        tail_mask = None if mask is None else mask[:, mask.shape[1] - tail.shape[1] :].bool()
+        tail_columns = surviving_columns(tail_mask, tail, rows, places, pruned.indices.to(ids.device))
+    columns = torch.cat((turn.head, torch.where(tail_columns < 0, -1, tail_columns + turn.head_width)), dim=1)
+    own = tail_columns if turn.start < turn.head_width else columns
+    short = _shorten_tensors(inputs, adapter.image_inputs, columns, own, _pad_id(model))
+    watch.lap("prompt")
+    record = None if record is None else replace(record, columns=columns)
+    return ShortInputs(inputs, record, columns, width, short, features, adapter)
+
+
+def _find_turn(
+    ids: Int[Tensor, "b l"], mask: Tensor | None, cache: Any, cached: CachedPrompt | None, whole_prompt: bool
+) -> _Turn:
+    b, length = ids.shape
+    filled = 0 if cache is None else int(cache.get_seq_length())
+    if filled == 0:
+        return _Turn(ids.new_empty(b, 0), 0, 0)
+    if cached is None:
+        known, width = torch.arange(filled, device=ids.device).expand(b, filled), filled
+    else:
+        known, width = cached.columns.to(ids.device), cached.width
+        known = known.repeat_interleave(b // known.shape[0], dim=0)
+    if not whole_prompt or (mask is not None and mask.shape[1] > length):
+        # Only the new tokens were passed; tokens generated in between are in the cache as they are.
+        between = torch.arange(width, filled + width - known.shape[1], device=ids.device).expand(b, -1)
+        head = torch.cat((known, between), dim=1)
+        return _Turn(head, width + between.shape[1], 0)
+    if cached is not None and cached.ids is not None:
+        begin = cached.ids.to(ids.device).repeat_interleave(b // cached.ids.shape[0], dim=0)
+        if not torch.equal(ids[:, :width], begin):
+            raise InvalidInputError(
+                "these input_ids do not begin with the prompt that is in the cache; pass the ids that generate "
+                "returned, followed by the new turn, or start with an empty cache"
+            )
+    return _Turn(known, width, width)
+
+
+def _new_images(ids: Tensor, tail: Tensor, image_token_id: int, images: _Images) -> list[int]:
+    """Which images are not in the cache yet: all, or those of the tail if all of the conversation were passed."""
+    n = images.num_tokens
+    every = ((ids == image_token_id).sum(dim=1) // n).tolist()
+    new = ((tail == image_token_id).sum(dim=1) // n).tolist()
+    if len(images) != sum(every):
+        return list(range(len(images)))
+    ends = torch.tensor(every).cumsum(0).tolist()
+    return [image for end, count in zip(ends, new, strict=True) for image in range(end - count, end)]
+
+
+def _question(
+    model: Any,
+    ids: Int[Tensor, "b l"],
+    mask: Tensor | None,
+    image_token_id: int,
+    processor: Any,
+    text: str | Sequence[str] | None,
+) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+    """Ids of each row's question, and which of them are words: from `text`, or found in the prompt."""
+    special = _special_ids(model, processor).to(ids.device)
+    if text is None:
+        mask = None if mask is None else mask[:, mask.shape[1] - ids.shape[1] :].bool()
+        return ids, find_question(ids, mask, image_token_id, special)
+    texts = [text] * ids.shape[0] if isinstance(text, str) else list(text)
+    if processor is None or len(texts) != ids.shape[0]:
+        raise InvalidInputError(
+            f"text needs the processor and one question per prompt, but got {len(texts)} question(s) for "
+            f"{ids.shape[0]} prompt(s) and {'no' if processor is None else 'a'} processor"
+        )
+    lines = [torch.tensor(processor.tokenizer(line, add_special_tokens=False)["input_ids"]).long() for line in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1).to(ids)
+    return padded.clamp(min=0), (padded >= 0) & ~torch.isin(padded, special)
+
+
+def _embed(
+    model: Any, question: tuple[Int[Tensor, "b l"], Bool[Tensor, "b l"]], rows: Int[Tensor, " i"], device: torch.device
+) -> dict[str, Tensor | None]:
+    """`text` and `text_mask` of `VisualTokens`: the words of each image's row, packed and embedded; None if none."""
+    ids, words = (each[rows] for each in question)
+    longest = int(words.sum(dim=1).max().item())
+    if longest == 0:
+        return {"text": None, "text_mask": None}
+    order = torch.argsort(words.int(), dim=1, stable=True, descending=True)[:, :longest]
+    text = model.get_input_embeddings()(ids.gather(1, order))
+    return {"text": text.to(device), "text_mask": words.gather(1, order).to(device)}
+
+
+def _shorten_tensors(
+    inputs: Mapping[str, Any],
+    image_inputs: Sequence[str],
+    columns: Int[Tensor, "b m"],
+    own: Int[Tensor, "b s"],
+    pad_id: int,
+) -> dict[str, Any]:
+    """The inputs without images: `columns` of the conversation for the mask, `own` for what is like `input_ids`."""
+    shape = inputs["input_ids"].shape
+    fills = {"input_ids": pad_id, "labels": -100}
+    short = {name: value for name, value in inputs.items() if name not in image_inputs}
+    for name, value in short.items():
+        if name not in ("attention_mask", "position_ids") and isinstance(value, Tensor) and value.shape == shape:
+            short[name] = take_columns(value, own, fills.get(name, 0))
+    mask = inputs.get("attention_mask")
+    real = columns >= 0
+    if mask is not None:
+        short["attention_mask"] = take_columns(mask, columns, 0)
+        real = short["attention_mask"].bool()
+    elif not real.all():
+        short["attention_mask"] = real.long()
+    if inputs.get("position_ids") is not None:
+        # Compact: gaps would make attention kernels believe that several sequences were packed into one.
+        short["position_ids"] = compact_positions(real, own.shape[1])
+    return short
+
+
+def _check_inputs(adapter: ModelAdapter, config: Any, inputs: Mapping[str, Any], with_images: bool) -> None:
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not with_images:
+        in_cache = inputs.get("past_key_values") is not None or inputs.get("mm_encoder_outputs") is not None
+        if ids is not None and not in_cache and (ids == adapter.image_token_id).any():
+            raise InvalidInputError(
+                "the prompt holds image placeholders, but no image came with it; pass pixel_values, "
+                "or take the placeholders out of the prompt"
+            )
+        return
+    if ids is None:
+        raise InvalidInputError(
+            "images can be pruned only together with input_ids, which say where they stand; pass input_ids, not "
+            "inputs_embeds"
+        )
+    if mask is not None and mask.ndim != 2:
+        raise InvalidInputError(
+            f"attention_mask has {mask.ndim} dimensions, but a prompt can be shortened only with the 2-D mask (rows x "
+            "columns) that the processor makes"
+        )
+    for name in adapter.image_inputs[1:]:
+        value = inputs.get(name)
+        if value is not None and (not hasattr(config, name) or getattr(config, name) != value):
+            raise InvalidInputError(
+                f"{name}={value} differs from the model's config and cannot be set per call while pruning; "
+                f"set model.config.{name}"
+            )
+
+
+def _special_ids(model: Any, processor: Any) -> Int[Tensor, " s"]:
+    """Ids that are no words: of the configs, and of the tokenizer where a processor was given."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id")
+    configs = (model.config, model.config.get_text_config(), model.generation_config)
+    found: set[int] = set() if processor is None else set(processor.tokenizer.all_special_ids)
+    for config in configs:
+        for name in names:
+            value = getattr(config, name, None)
+            found.update([] if value is None else value if isinstance(value, list | tuple) else [value])
+    return torch.tensor(sorted(found), dtype=torch.long)
+
+
+def _pad_id(model: Any) -> int:
+    """What to write into padding columns, which the mask hides; never the placeholder."""
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        if getattr(config, "pad_token_id", None) is not None:
+            return config.pad_token_id
+    return 0 if model.config.image_token_id != 0 else 1
