@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_seed_splits_do_not_touch_and_training_stays_in_its_own():
         "held-out",
     ]
     spans = sorted((stage.first_seed, stage.first_seed + stage.steps * stage.batch) for stage in RECIPE)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert spans[-1][1] <= TRAINING.stop
     with pytest.raises(ValueError, match="lies in no split"):
         split_of(-1)
