@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 # complaints about bad input answer at once.
 
 DEFAULT_NUM_TOKENS = 16
+DEMO_PICTURE = Path("demo/kept.png")
+"""The one output whose folder is made if need be."""
 
 app = App(
     name="dcp-prune",
     version=__version__,
-    help_format="plaintext",
+    help_format="markdown",
     help="""Ask a vision-language model about images with 16 instead of 576 visual tokens.
 
     A vision-language model cuts an image into patches and reads one visual token per patch. Most of them say little.
@@ -62,7 +64,7 @@ Whole = Parameter(converter=_whole, allow_leading_hyphen=True, n_tokens=1)
 Text = Parameter(allow_leading_hyphen=True)
 
 Json = Annotated[
-    Path | None, Parameter(help="Also write the result as JSON to this file; - or nothing: to the screen.")
+    Path | None, Parameter(help="Write the result as JSON: to this file, or to the screen if no file is named.")
 ]
 Model = Annotated[
     str, Parameter(help="testbed-weak, testbed-aligned, the folder of a LLaVA-1.5 model, or its hub name.")
@@ -80,11 +82,11 @@ ImageFile = Annotated[Path, Parameter(help="An image file, of any size and kind.
 @app.command
 def demo(
     *,
-    output: Annotated[Path, Parameter(help="Where to put the picture of kept tokens (PNG).")] = Path("demo/kept.png"),
+    output: Annotated[Path, Parameter(help="Where to put the picture of kept tokens (PNG).")] = DEMO_PICTURE,
     num_tokens: Annotated[int, Whole, Parameter(help="Visual tokens to keep.")] = DEFAULT_NUM_TOKENS,
     images: Annotated[int, Whole, Parameter(help="How many images; two questions are asked about each.")] = 6,
     crowded: Annotated[
-        bool, Parameter(negative="", help="Show 9 to 13 objects in an image instead of 4 to 7.")
+        bool, Parameter(negative="", show_default=False, help="Show 9 to 13 objects in an image instead of 4 to 7.")
     ] = False,
     model: Model = "testbed",
     json: Json = None,
@@ -99,9 +101,8 @@ def demo(
     if images < 1:
         raise InvalidInputError(f"--images must be at least 1, got {images}")
     pruners = {name: make_pruner(name, num_tokens=num_tokens) for name in ("dcp", "random")}
-    if output == Path("demo/kept.png"):
-        output.parent.mkdir(exist_ok=True)
-    _check_outputs(output, json)
+    new_folder = output == DEMO_PICTURE and not output.parent.exists()
+    _check_outputs(output.parent if new_folder else output, json)
 
     from dcp_prune.eval.demo import draw_demo, run_demo, summarise_demo
 
@@ -109,6 +110,7 @@ def demo(
         assistant = _load(model)
         shown = run_demo(assistant, pruners, images, "crowded" if crowded else "standard", progress=advance)
     summary = summarise_demo(shown)
+    output.parent.mkdir(exist_ok=True)
     write_atomically(output, _png(draw_demo(shown, assistant.name)))
     result = {"model": assistant.name, "picture": str(output), **summary, "environment": _environment()}
 
@@ -151,7 +153,7 @@ def run(
     image: ImageFile,
     question: Annotated[str | None, Text, Parameter(help="What you want to know about the image.")] = None,
     prompt: Annotated[
-        str | None, Text, Parameter(help="Instead of a question: the whole prompt, with <image> in its place.")
+        str | None, Text, Parameter(help="Instead of a question: the whole prompt, with `<image>` in its place.")
     ] = None,
     model: Model = "testbed",
     pruner: PrunerName = "dcp",
@@ -186,7 +188,7 @@ def inspect(
     image: ImageFile,
     question: Annotated[str | None, Text, Parameter(help="What you want to know about the image.")] = None,
     prompt: Annotated[
-        str | None, Text, Parameter(help="Instead of a question: the whole prompt, with <image> in its place.")
+        str | None, Text, Parameter(help="Instead of a question: the whole prompt, with `<image>` in its place.")
     ] = None,
     output: Annotated[Path, Parameter(help="Where to put the picture (PNG).")] = Path("kept.png"),
     model: Model = "testbed",
@@ -284,18 +286,22 @@ def eval_(
     *,
     pruner: Annotated[
         list[str] | None,
-        Parameter(help="A pruner, or none for all tokens; say it several times to compare. [default: none dcp random]"),
+        Parameter(
+            negative="",
+            help="A pruner, or none for all tokens; say it several times to compare; if not at all: none, dcp, random.",
+        ),
     ] = None,
     num_tokens: Annotated[
         list[int] | None,
         Parameter(
             converter=lambda type_, tokens: [_whole(type_, [token]) for token in tokens],
             allow_leading_hyphen=True,
-            help="Visual tokens to keep; several times for several budgets; 0 is no image. [default: 16]",
+            negative="",
+            help="Visual tokens to keep; several times for several budgets; 0 is no image; if not said: 16.",
         ),
     ] = None,
     seed_range: Annotated[
-        str | None, Parameter(help="Scenes from seed A up to B, B excluded, as A:B. [default: all held-out seeds]")
+        str | None, Parameter(help="Scenes from seed A up to B, B excluded, as A:B; if not said: all held-out seeds.")
     ] = None,
     limit: Annotated[int, Whole, Parameter(help="How many questions; each image has 14.")] = 1000,
     difficulty: Annotated[

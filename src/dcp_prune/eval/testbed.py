@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, TypeVar
 
@@ -424,7 +424,6 @@ def _rows(
 
 def _options(pruner: Pruner) -> dict[str, Any]:
     """The pruner's whole configuration but its budget, as plain JSON values."""
-    from dataclasses import asdict
 
     def plain(value: Any) -> Any:
         if isinstance(value, float) and not np.isfinite(value):

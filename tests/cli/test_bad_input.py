@@ -1,0 +1,133 @@
+"""Whatever cannot be done is refused with one sentence, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+Run = Callable[..., Any]
+ASK = ("--question", "is there a cat in the picture ?")
+
+
+def _refused(outcome: Any, cause: str) -> None:
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    sentences = [line for line in outcome.err.splitlines() if line.strip()]
+    assert len(sentences) == 1, outcome.err
+    assert sentences[0].startswith("error: ")
+    assert cause in sentences[0]
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("--num-tokens", "0"), "at least 1"),
+        (("--num-tokens", "-3"), "at least 1"),
+        (("--num-tokens", "1.5"), "whole number"),
+        (("--num-tokens", "many"), "whole number"),
+        (("--num-tokens", "16", "--keep-ratio", "0.1"), "not both"),
+        (("--keep-ratio", "0"), "(0, 1]"),
+        (("--keep-ratio", "1.5"), "(0, 1]"),
+        (("--pruner", "dpc"), "did you mean dcp"),
+        (("--model", "/no/such/model"), "/no/such/model"),
+        (("--model", "nosuchmodel"), "nosuchmodel"),
+        (("--model", "."), "config.json"),
+        (("--json", "missing/out.json"), "does not exist"),
+        (("--json", "."), "folder"),
+        (("--max-new-tokens", "0"), "at least 1"),
+        (("--colour", "red"), "--colour"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "inspect"])
+def test_bad_options_are_refused(
+    dcp_prune: Run, picture: Path, command: str, arguments: tuple[str, ...], cause: str
+) -> None:
+    _refused(dcp_prune(command, "--image", picture, *ASK, *arguments), cause)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        ((), "either --question or --prompt"),
+        ((*ASK, "--prompt", "USER: <image> hello"), "either --question or --prompt"),
+        (("--question", ""), "question is empty"),
+        (("--question", "   "), "question is empty"),
+        (("--question", "what is <image> ?"), "more <image> than images"),
+        (("--prompt", "USER: what color is the cat ? ASSISTANT:"), "holds no <image>"),
+        (("--prompt", "USER: <image> <image> what ? ASSISTANT:"), "holds 2 <image> but 1 image"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "inspect"])
+def test_bad_questions_are_refused(
+    dcp_prune: Run, picture: Path, command: str, arguments: tuple[str, ...], cause: str
+) -> None:
+    _refused(dcp_prune(command, "--image", picture, *arguments), cause)
+
+
+def test_bad_images_are_refused(dcp_prune: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.effect_noise((64, 64), 50).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:900])
+    causes = (("text", "no image"), ("dot", "1 x 1"), ("cut", "truncated"), ("gone", "does not exist"))
+    for name, cause in causes:
+        _refused(dcp_prune("run", "--image", folder / f"{name}.png", *ASK), cause)
+        _refused(dcp_prune("inspect", "--image", folder / f"{name}.png", *ASK), cause)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("--seed-range", "5"), "A:B"),
+        (("--seed-range", "a:b"), "A:B"),
+        (("--seed-range", "9:5"), "A:B"),
+        (("--seed-range", "999999999:1000000002"), "tuning"),
+        (("--seed-range", "5000000000:5000000002"), "no split"),
+        (("--limit", "0"), "at least 1"),
+        (("--limit", "1e3"), "whole number"),
+        (("--num-tokens", "-1"), "at least 1"),
+        (("--num-tokens", "2.5"), "whole number"),
+        (("--pruner", "rndom"), "did you mean random"),
+        (("--difficulty", "hard"), "crowded"),
+        (("--checkpoint", "strong"), "strong"),
+        (("--json", "missing/out.json"), "does not exist"),
+    ],
+)
+def test_bad_evaluations_are_refused(dcp_prune: Run, arguments: tuple[str, ...], cause: str) -> None:
+    _refused(dcp_prune("testbed", "eval", *arguments), cause)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (("demo", "--output", "missing/kept.png"), "does not exist"),
+        (("demo", "--output", "."), "folder"),
+        (("demo", "--images", "0"), "at least 1"),
+        (("demo", "--num-tokens", "0"), "at least 1"),
+        (("demo", "--json", "missing/out.json"), "does not exist"),
+        (("list", "--json", "missing/out.json"), "does not exist"),
+        (("lsit",), "list"),
+        (("testbed", "evaluate"), "evaluate"),
+        (("run", *ASK), "--image"),
+    ],
+)
+def test_other_bad_commands_are_refused(dcp_prune: Run, arguments: tuple[str, ...], cause: str) -> None:
+    _refused(dcp_prune(*arguments), cause)
+
+
+@pytest.mark.parametrize("output", ["missing/kept.png", "."])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    dcp_prune: Run, picture: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(name: str) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("dcp_prune.cli._load", never)
+    _refused(dcp_prune("inspect", "--image", picture, *ASK, "--output", output), "cannot write")
+    _refused(dcp_prune("run", "--image", picture, *ASK, "--json", output), "cannot write")
