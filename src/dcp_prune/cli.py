@@ -122,7 +122,7 @@ def demo(
             for line, answer in enumerate(question["answers"]):
                 table.add_row(
                     (question["text"], f"  the truth: {question['truth']}", "")[min(line, 2)],
-                    f"{answer['visual_tokens']} {'' if answer['method'] == 'all' else answer['method']}".strip(),
+                    f"{answer['visual_tokens']} {answer['method']}",
                     answer["answer"],
                     "right" if answer["correct"] else "wrong",
                     f"{answer['kappa']:.2f}",
