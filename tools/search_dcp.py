@@ -22,6 +22,7 @@ from dcp_prune.eval.testbed import ALL_TOKENS, Method, evaluate
 from dcp_prune.registry import make_pruner
 from dcp_prune.testbed.load import CHECKPOINTS, load
 from dcp_prune.testbed.seeds import TUNING
+from dcp_prune.testbed.world import TASKS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -85,7 +86,7 @@ def main() -> None:
         done = evaluate(model, processor, methods, TUNING[args.skip :], args.limit, difficulty=args.difficulty)
         by_name = {answers.method.name: answers for answers in done.answers}
         table = Table(title=f"{checkpoint}, {args.difficulty}, {args.num_tokens} tokens, {len(done.task)} questions")
-        for column in ("variant", "accuracy", "against default", "95 %", "kappa"):
+        for column in ("variant", "accuracy", "against default", "95 %", "kappa", *(task[:5] for task in TASKS)):
             table.add_column(column)
         for name, answers in by_name.items():
             gain = paired_difference(answers.correct, by_name["default"].correct, done.image)
@@ -100,6 +101,7 @@ def main() -> None:
                 "against_default": gain.mean,
                 "ci95": [gain.low, gain.high],
                 "kappa": shift,
+                "tasks": {task: float(answers.correct[done.task == task].mean()) for task in TASKS},
                 "n": len(done.task),
             }
             rows.append(row)
@@ -109,8 +111,9 @@ def main() -> None:
                 f"{gain.mean:+.3f}",
                 f"{gain.low:+.3f} {gain.high:+.3f}",
                 "" if shift is None else f"{shift:.2f}",
+                *(f"{100 * share:.0f}" for share in row["tasks"].values()),
             )
-        Console().print(table)
+        Console(width=140).print(table)
     if args.json:
         args.json.write_text(json.dumps({"results": rows, "environment": environment()}, indent=2, default=str) + "\n")
 

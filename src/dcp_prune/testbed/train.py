@@ -65,8 +65,11 @@ class Stage:
     first_seed: int
 
 
-WEAK_ANGLE = 86.0
-"""Degrees by which the weak checkpoint's visual tokens are turned away from the word embeddings."""
+FAR_ANGLE = 86.0
+"""Degrees by which the weak branch's visual tokens are turned away from the word embeddings while it learns to do
+without them; little more than chance is left of the likeness."""
+WEAK_ANGLE = 80.0
+"""Degrees at which the weak checkpoint ends: words find their patches about as badly as in real models."""
 
 RECIPE = (
     Stage("vision-small", (), 700, 32, 0.02, 0),
@@ -75,8 +78,9 @@ RECIPE = (
     Stage("language-weak", ("language",), 1000, 16, 0.007, 300_000_000),
     Stage("projector", ("vision", "language"), 150, 8, 0.01, 400_000_000),
     Stage("projector-weak", ("vision", "language-weak"), 150, 8, 0.01, 500_000_000),
-    Stage("aligned", ("projector",), 1600, 4, 0.005, 600_000_000),
-    Stage("weak", ("projector-weak",), 1600, 4, 0.005, 700_000_000),
+    Stage("aligned", ("projector",), 800, 4, 0.0004, 600_000_000),
+    Stage("weak-far", ("projector-weak",), 800, 4, 0.0004, 700_000_000),
+    Stage("weak", ("weak-far",), 300, 4, 0.0004, 800_000_000),
 )
 STAGES = {stage.name: stage for stage in RECIPE}
 
@@ -319,6 +323,16 @@ def rotate(tokens: Tensor, degrees: float) -> Tensor:
     return torch.cat((c * x - s * y, s * x + c * y), dim=-1) @ basis.T
 
 
+@torch.no_grad()
+def turn(bundle: Bundle, degrees: float) -> None:
+    """Turns what the projector puts out from its present angle to `degrees`, inside its last layer."""
+    last = bundle.projector.linear_2
+    change = degrees - float(bundle.angle)
+    last.weight.copy_(rotate(last.weight.T, change).T)
+    last.bias.copy_(rotate(last.bias, change))
+    bundle.angle.fill_(degrees)
+
+
 def answer_questions(
     bundle: Bundle, image: Tensor, questions: PackedQuestions, rng: np.random.Generator | None = None
 ) -> tuple[Tensor, Tensor, dict]:
@@ -415,7 +429,7 @@ def losses_of(stage: Stage, bundle: Bundle, step: int) -> tuple[Tensor, dict]:
         return vision_loss(bundle, scenes, *encode(bundle, pixels_of(scenes)))
     if stage.name.startswith("language"):
         if stage.name == "language-weak":
-            bundle.angle.fill_(WEAK_ANGLE * min(1.0, step / (0.5 * stage.steps)))
+            bundle.angle.fill_(FAR_ANGLE * min(1.0, step / (0.5 * stage.steps)))
         tokens = oracle_tokens(bundle, scenes)
         noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(step), device="cpu")
         tokens = tokens + 0.02 * noise.to(tokens.device)
@@ -453,7 +467,7 @@ def trained_parts(stage: Stage, bundle: Bundle) -> list[tuple[list[nn.Module | n
             return [([bundle.projector], 1.0)]
         case _:
             text = [*bundle.language.layers, bundle.language.norm, bundle.llava.lm_head, bundle.ground_head]
-            return [([*text, bundle.projector], 1.0), ([bundle.vision, *heads], 0.1)]
+            return [([*text, bundle.projector], 1.0), ([bundle.vision, *heads], 0.5)]
 
 
 def make_optimizers(stage: Stage, bundle: Bundle) -> list[torch.optim.Optimizer]:
@@ -516,6 +530,8 @@ def train_stage(stage: Stage, directory: Path, device: str = "cpu", save_every: 
         return
     for name in () if resumed else stage.needs:
         load_parts(bundle, read_checkpoint(directory, name)["model"], name)
+    if stage.name == "weak" and not resumed:
+        turn(bundle, WEAK_ANGLE)
     optimizers = make_optimizers(stage, bundle)
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     for parameter in bundle.parameters():
