@@ -21,6 +21,15 @@ _TARGETS: dict[str, str | type[Pruner]] = {
     "random": "dcp_prune.pruners.random:RandomPruner",
     "uniform": "dcp_prune.pruners.uniform:UniformPruner",
     "cls_attention": "dcp_prune.pruners.cls_attention:ClsAttentionPruner",
+    "scope": "dcp_prune.pruners.scope:SCOPEPruner",
+    "divprune": "dcp_prune.pruners.divprune:DivPrunePruner",
+    "mmtok": "dcp_prune.pruners.mmtok:MMTokPruner",
+    "visionzip": "dcp_prune.pruners.visionzip:VisionZipPruner",
+    "holov": "dcp_prune.pruners.holov:HoloVPruner",
+    "prunesid": "dcp_prune.pruners.prunesid:PruneSIDPruner",
+    "vispruner": "dcp_prune.pruners.vispruner:VisPruner",
+    "otprune": "dcp_prune.pruners.otprune:OTPrunePruner",
+    "cdpruner": "dcp_prune.pruners.cdpruner:CDPruner",
 }
 
 

@@ -22,6 +22,8 @@ class Signal(StrEnum):
     """Attention keys of the feature layer, averaged over heads (`EncoderTokens.keys`)."""
     TEXT = "text"
     """Embeddings of the question's words in the language model's space (`VisualTokens.text`)."""
+    CLIP_SIMILARITY = "clip_similarity"
+    """Cosines of tokens to the question in the joint space of CLIP's two towers (`VisualTokens.clip_similarity`)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class VisualTokens:
         encoder: the same tokens before the projector, with the signals that were asked for.
         text: word embeddings of the question. `b t d`.
         text_mask: False marks padding in `text`. `b t`.
+        clip_similarity: cosine of each token (behind CLIP's last norm and visual projection) to CLIP's embedding of the
+            question, the mean over its chunks where it is longer than the text tower reads. `b n`.
     """
 
     features: Float[Tensor, "b n d"]
@@ -89,6 +93,7 @@ class VisualTokens:
     encoder: EncoderTokens | None = None
     text: Float[Tensor, "b t d"] | None = None
     text_mask: Bool[Tensor, "b t"] | None = None
+    clip_similarity: Float[Tensor, "b n"] | None = None
 
     @classmethod
     def from_features(
@@ -102,6 +107,7 @@ class VisualTokens:
         keys: Float[Tensor, "b n c"] | None = None,
         text: Float[Tensor, "b t d"] | None = None,
         text_mask: Bool[Tensor, "b t"] | None = None,
+        clip_similarity: Float[Tensor, "b n"] | None = None,
     ) -> VisualTokens:
         """Builds unpruned tokens in raster order from plain tensors.
 
@@ -111,6 +117,7 @@ class VisualTokens:
             mask: False marks padding; default: no padding.
             cls_attention, encoder_features, keys: signals of the encoder, where the pruner requires them.
             text, text_mask: the question's word embeddings and their padding mask.
+            clip_similarity: cosines to the question in CLIP's joint space, where the pruner requires them.
 
         Raises:
             ValueError: if rows * cols differs from n.
@@ -149,6 +156,7 @@ class VisualTokens:
             encoder=encoder,
             text=text,
             text_mask=text_mask,
+            clip_similarity=clip_similarity,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -67,3 +68,99 @@ def farthest_point(
         pick = far.argmax(dim=1, keepdim=True)
         picks.append(pick)
     return torch.cat(picks, dim=1)
+
+
+@torch.no_grad()
+def greedy_determinant(
+    diagonal: Float[Tensor, "b n"],
+    column: Callable[[Int[Tensor, "b 1"]], Float[Tensor, "b n"]],
+    k: int,
+    *,
+    mask: Bool[Tensor, "b n"] | None = None,
+) -> Int[Tensor, "b k"]:
+    """Greedy maximisation of log det L_S over subsets S of k tokens (Chen et al., 2018): the MAP rule of a DPP.
+
+    next = argmax_j d_j, where d_j, first L_jj, is what is left of token j after projecting out the picks before it (an
+    incremental Cholesky factor). Of the kernel L only the diagonal and k columns are read, so it need not exist.
+
+    Args:
+        diagonal: of the positive semidefinite kernel. `b n`.
+        column: gives the kernel's column of each row's pick, `b 1` -> `b n`.
+        k: tokens to pick.
+        mask: False marks padding; every row needs at least k real tokens. `b n`.
+
+    Returns:
+        Positions in the order of picking, unique; on ties, and where nothing is left to gain, the earlier token wins.
+        `b k`.
+    """
+    b, n = diagonal.shape
+    left = diagonal.clone()
+    noise = 1e-6 * diagonal.amax(dim=1, keepdim=True)  # below it, what is left is rounding error
+    closed = torch.zeros_like(left) if mask is None else torch.zeros_like(left).masked_fill(~mask, -torch.inf)
+    factor = diagonal.new_zeros(b, k, n)
+    picks: list[Tensor] = []
+    for step in range(k):
+        pick = (left.masked_fill(left <= noise, 0.0) + closed).argmax(dim=1, keepdim=True)
+        picks.append(pick)
+        closed = closed.scatter(1, pick, -torch.inf)
+        before = factor[:, :step]
+        own = before.gather(2, pick.unsqueeze(1).expand(b, step, 1))  # b step 1
+        rest = left.gather(1, pick)
+        row = (column(pick) - (own.mT @ before).squeeze(1)) * rest.clamp(min=noise).rsqrt()
+        factor[:, step] = row.masked_fill(rest <= noise, 0.0)
+        left = left - factor[:, step].square()
+    return torch.cat(picks, dim=1)
+
+
+def ordered_quota(
+    scores: Float[Tensor, "b n"],
+    groups: Int[Tensor, "b n"],
+    quota: Int[Tensor, "b g"],
+    mask: Bool[Tensor, "b n"] | None = None,
+) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    """Ranks tokens inside their groups, best score first, and marks those within their group's quota.
+
+    Args:
+        scores: higher is better; on ties the earlier token. `b n`.
+        groups: of each token, in 0..g-1. `b n`.
+        quota: tokens to keep of each group. `b g`.
+        mask: False marks padding, which comes last in its group and is never within the quota. `b n`.
+
+    Returns:
+        The place of each token in the list of all tokens, group by group and best first; and whether it is kept.
+    """
+    b, n = scores.shape
+    best_first = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).argsort(
+        dim=1, descending=True, stable=True
+    )
+    order = best_first.gather(1, groups.gather(1, best_first).argsort(dim=1, stable=True))
+    place = torch.empty_like(order).scatter(1, order, torch.arange(n, device=order.device).expand(b, n))
+    sizes = torch.zeros_like(quota).scatter_add(1, groups, torch.ones_like(groups))
+    start = sizes.cumsum(dim=1) - sizes
+    kept = place - start.gather(1, groups) < quota.gather(1, groups)
+    return place, kept if mask is None else kept & mask
+
+
+@torch.no_grad()
+def suppress(
+    scores: Float[Tensor, "b n"], conflicts: Bool[Tensor, "b n n"], mask: Bool[Tensor, "b n"] | None = None
+) -> Bool[Tensor, "b n"]:
+    """Greedy non-maximum suppression: which tokens survive when, best score first, each survivor removes its conflicts.
+
+    Whether a token survives depends on all better ones, so there are n steps, each on one row of booleans.
+
+    Args:
+        scores: the higher survives; on ties the earlier token. `b n`.
+        conflicts: symmetric; which tokens exclude each other. `b n n`.
+        mask: False marks padding, which neither survives nor removes anything. `b n`.
+    """
+    b, n = scores.shape
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    ranked = conflicts.gather(1, order.unsqueeze(2).expand(b, n, n)).gather(2, order.unsqueeze(1).expand(b, n, n))
+    allowed = ranked.tril_().logical_not_()  # row i: which better tokens token i tolerates
+    allowed.diagonal(dim1=1, dim2=2).fill_(True)
+    alive = scores.new_ones(b, n, dtype=torch.bool) if mask is None else mask.gather(1, order)
+    columns = allowed.mT.contiguous()  # row i: which later tokens tolerate token i
+    for columns_i, alive_i in zip(columns.unbind(1), alive.unbind(1), strict=True):
+        alive.logical_and_(columns_i.logical_or_(alive_i.logical_not().unsqueeze(1)))
+    return torch.empty_like(alive).scatter(1, order, alive)

@@ -8,15 +8,20 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def widened(values: Tensor) -> Tensor:
+    """The same numbers in at least float32: half precision is raised, float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def cosine_similarity(
     left: Float[Tensor, "b n d"], right: Float[Tensor, "b m d"] | None = None
 ) -> Float[Tensor, "b n m"]:
-    """Cosine of every token on the left to every token on the right (default: the same tokens), in float32.
+    """Cosine of every token on the left to every token on the right (default: the same tokens), in `widened` precision.
 
     A zero vector has cosine 0 to everything, itself included.
     """
-    unit = functional.normalize(left.float(), dim=-1)
-    other = unit if right is None else functional.normalize(right.float(), dim=-1)
+    unit = functional.normalize(widened(left), dim=-1)
+    other = unit if right is None else functional.normalize(widened(right), dim=-1)
     return unit @ other.mT
 
 

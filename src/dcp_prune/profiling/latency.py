@@ -30,7 +30,8 @@ from dcp_prune.integrations.transformers import encode_images, prune_inputs
 from dcp_prune.profiling.flops import llava_prefill_flops
 from dcp_prune.profiling.memory import kv_cache_bytes
 from dcp_prune.pruners.base import Pruner
-from dcp_prune.registry import list_pruners, make_pruner
+from dcp_prune.registry import get_pruner, list_pruners, make_pruner
+from dcp_prune.tokens import Signal
 
 NONE = "none"
 """Name of the run without a pruner, to which all ratios refer."""
@@ -264,7 +265,9 @@ def main(
     if runs < 1:
         raise InvalidInputError(f"a median needs at least one round, got --runs {runs}")
     target = None if json is None else check_writable(json)
-    pruners = {name: make_pruner(name, num_tokens=num_tokens) for name in pruner or list_pruners()}
+    # The benchmark's model has no text tower of CLIP.
+    able = [name for name in list_pruners() if Signal.CLIP_SIMILARITY not in get_pruner(name).requires]
+    pruners = {name: make_pruner(name, num_tokens=num_tokens) for name in pruner or able}
     if threads is not None:
         torch.set_num_threads(threads)
     config = build_config(tiny=tiny)

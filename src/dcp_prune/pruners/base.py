@@ -14,7 +14,7 @@ from torch import Tensor
 from dcp_prune.budget import Budget
 from dcp_prune.errors import InvalidInputError, MissingSignalError
 from dcp_prune.functional.selection import masked_topk
-from dcp_prune.functional.similarity import gather_tokens
+from dcp_prune.functional.similarity import gather_tokens, widened
 from dcp_prune.tokens import (
     EncoderReduction,
     EncoderTokens,
@@ -97,6 +97,19 @@ class Pruner(ABC):
         padded ones marked real, and all of those are masked again in what `__call__` returns.
         """
 
+    def read(self, tokens: VisualTokens, signal: Signal) -> Tensor:
+        """What the tokens carry of a required signal, zero in padding, in at least float32.
+
+        Raises:
+            MissingSignalError: they carry nothing of it.
+        """
+        values = read_signal(tokens, signal)
+        if values is None:
+            raise missing_signals(type(self).__name__, signal)
+        if signal is Signal.TEXT:
+            return widened(values)
+        return widened(values).masked_fill(~tokens.mask if values.ndim == 2 else ~tokens.mask.unsqueeze(-1), 0.0)
+
     @final
     def __call__(self, tokens: VisualTokens) -> PrunedTokens:
         """Prunes a batch of images.
@@ -141,7 +154,12 @@ class Pruner(ABC):
         if missing:
             raise missing_signals(type(self).__name__, *missing)
         attention = None if tokens.encoder is None else tokens.encoder.cls_attention
-        read = {"visual features": tokens.features, "[CLS] attention": attention, "question's embeddings": tokens.text}
+        read = {
+            "visual features": tokens.features,
+            "[CLS] attention": attention,
+            "question's embeddings": tokens.text,
+            "CLIP similarities": tokens.clip_similarity,
+        }
         for name, values in read.items():
             if values is not None and not torch.isfinite(values).all():
                 raise InvalidInputError(
@@ -174,17 +192,24 @@ class ScorePruner(Pruner):
         return Selection(kept=masked_topk(scores, tokens.mask, k), stats={"scores": scores})
 
 
-def has_signal(tokens: VisualTokens, signal: Signal) -> bool:
-    """Whether `tokens` carry `signal`."""
+def read_signal(tokens: VisualTokens, signal: Signal) -> Tensor | None:
+    """What `tokens` carry of `signal`, or None."""
     match signal:
         case Signal.ENCODER_FEATURES:
-            return tokens.encoder is not None
+            return None if tokens.encoder is None else tokens.encoder.features
         case Signal.CLS_ATTENTION:
-            return tokens.encoder is not None and tokens.encoder.cls_attention is not None
+            return None if tokens.encoder is None else tokens.encoder.cls_attention
         case Signal.KEYS:
-            return tokens.encoder is not None and tokens.encoder.keys is not None
+            return None if tokens.encoder is None else tokens.encoder.keys
         case Signal.TEXT:
-            return tokens.text is not None
+            return tokens.text
+        case Signal.CLIP_SIMILARITY:
+            return tokens.clip_similarity
+
+
+def has_signal(tokens: VisualTokens, signal: Signal) -> bool:
+    """Whether `tokens` carry `signal`."""
+    return read_signal(tokens, signal) is not None
 
 
 def missing_signals(pruner: str, *signals: str) -> MissingSignalError:

@@ -1,0 +1,63 @@
+"""CDPruner (arXiv 2506.10967): diverse tokens, conditioned on the question through CLIP's text tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+
+from dcp_prune.errors import InvalidInputError
+from dcp_prune.functional.selection import greedy_determinant
+from dcp_prune.functional.similarity import gather_tokens, widened
+from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.tokens import Signal, VisualTokens
+
+Extent = Literal["image", "batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(SelectionPruner):
+    """Greedy MAP of a determinantal point process whose kernel is r_i r_j cos(z_i, z_j), r the relevance of a token.
+
+    Relevance is the *negated* cosine of token and question in CLIP's joint space, stretched to (0, 1]: there, patches
+    that speak of a text are the least similar to it. Kernel columns are computed as they are needed.
+
+    Attributes:
+        relevance_extent: over what the smallest and the largest relevance are taken: each `image`, or the whole `batch`
+            at once as released, where the rows are the crops of one image.
+
+    Raises:
+        InvalidInputError: relevance_extent is unknown.
+    """
+
+    requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLIP_SIMILARITY})
+
+    relevance_extent: Extent = "image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.relevance_extent not in get_args(Extent):
+            raise InvalidInputError(
+                f"CDPruner: relevance_extent must be one of {', '.join(get_args(Extent))}, "
+                f"got {self.relevance_extent!r}"
+            )
+
+    @torch.no_grad()
+    def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
+        relevance = -self.read(tokens, Signal.CLIP_SIMILARITY)
+        low = relevance.masked_fill(~tokens.mask, torch.inf).amin(dim=1, keepdim=True)
+        high = relevance.masked_fill(~tokens.mask, -torch.inf).amax(dim=1, keepdim=True)
+        if self.relevance_extent == "batch":
+            low, high = low.amin(), high.amax()
+        relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+        weighted = functional.normalize(widened(tokens.features), dim=-1) * relevance.unsqueeze(-1)
+        weighted = weighted.masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
+
+        def column(pick: Int[Tensor, "b 1"]) -> Tensor:
+            return (weighted @ gather_tokens(weighted, pick).mT).squeeze(-1)
+
+        return greedy_determinant(weighted.square().sum(dim=-1), column, k, mask=tokens.mask)

@@ -1,0 +1,43 @@
+"""SCOPE (arXiv 2510.24214): saliency times marginal coverage, greedily."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Int
+from torch import Tensor
+
+from dcp_prune.errors import InvalidInputError
+from dcp_prune.functional.clustering import facility_location
+from dcp_prune.functional.similarity import cosine_similarity
+from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.tokens import Signal, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCOPEPruner(SelectionPruner):
+    """Picks the token whose [CLS] attention times what it adds to the coverage of all tokens is largest, k times.
+
+    next = argmax_j a_j ** alpha * sum_i max(0, cos(x_i, x_j) - cover_i), on the features before the projector.
+
+    Attributes:
+        alpha: how much saliency counts against coverage; 0 leaves coverage alone. Published: 1.
+
+    Raises:
+        InvalidInputError: alpha is negative.
+    """
+
+    requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES})
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.alpha >= 0:
+            raise InvalidInputError(f"SCOPEPruner: alpha must be 0 or more, got {self.alpha!r}")
+
+    def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
+        similarity = cosine_similarity(self.read(tokens, Signal.ENCODER_FEATURES))
+        saliency = self.read(tokens, Signal.CLS_ATTENTION) ** self.alpha
+        return facility_location(similarity, k, merit=saliency, mask=tokens.mask)
