@@ -255,7 +255,7 @@ def list_(*, json: Json = None) -> None:
                 "reads": [signal.value for signal in Signal if signal in signals],
             }
         )
-    from dcp_prune.integrations.transformers import supported_architectures
+    from dcp_prune.models import supported_architectures
 
     models = [
         {
@@ -385,6 +385,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(_with_bare_json(sys.argv[1:] if arguments is None else arguments))
     except (DcpPruneError, cyclopts.CycloptsError) as error:
         _fail(" ".join(str(error).split()))
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `dcp-prune list | head -1`
+        sys.stdout = None
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", code=130)
     except OSError as error:

@@ -180,3 +180,4 @@ def test_the_summary_of_known_answers_is_known() -> None:
     assert pairs["dcp", "random", "all"]["difference"] == 0.5  # the first pruner minus the other
     assert summary["questions"]["split"] == "held-out"
     assert summary["questions"]["images"] == 2
+    assert [method["options"].get("seed") for method in summary["methods"]] == [None, None, 0]

@@ -187,7 +187,8 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
 
     `results` holds accuracy and mean kappa per task, `all` for the total, with 95 % intervals clustered by image, and
     the `relative_score`, the share of the unpruned model's accuracy, if that took part (`all`: mean over the tasks, as
-    in the paper). `paired` holds, for each budget, each pruner's difference to the first pruner.
+    in the paper). `paired` holds, for each budget, the first pruner's lead over each other one; `methods` the
+    settings and seconds of each.
     """
     tasks = [task for task in TASKS if (evaluation.task == task).any()]
     full = next((a for a in evaluation.answers if a.method.name == ALL_TOKENS and a.num_tokens > 0), None)
@@ -208,6 +209,15 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
             if a.method.name == first and a.num_tokens == b.num_tokens and b.method.pruner is not None
             for task in ("all", *tasks)
             for estimate in (_difference(evaluation, a, b, task),)
+        ],
+        "methods": [
+            {
+                "pruner": a.method.name,
+                "num_tokens": a.num_tokens,
+                "options": {} if a.method.pruner is None else _options(a.method.pruner),
+                "seconds": a.seconds,
+            }
+            for a in evaluation.answers
         ],
         "questions": {
             "split": split_name(evaluation.seeds),
@@ -417,8 +427,6 @@ def _rows(
             "n": estimate.n,
             "kappa": None if answers.kappa is None else float(answers.kappa[asked].mean()),
             "relative_score": score,
-            "options": {} if answers.method.pruner is None else _options(answers.method.pruner),
-            "seconds": answers.seconds if task == "all" else None,
         }
 
 
