@@ -35,8 +35,9 @@ bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama
 results: $(RUNTIME) ## measure quality on held-out seeds for the README: both checkpoints, crowded pictures (LIMIT=1000 questions)
 	for checkpoint in weak aligned; do \
 		$(BIN)/dcp-prune testbed eval --difficulty crowded --checkpoint $$checkpoint --limit $(or $(LIMIT),2000) \
-			--pruner dcp --pruner cls_attention --pruner uniform --pruner random --pruner none \
-			--num-tokens 64 --num-tokens 32 --num-tokens 16 --num-tokens 0 \
+			$(addprefix --pruner ,dcp scope mmtok prunesid visionzip holov vispruner divprune otprune) \
+			$(addprefix --pruner ,cls_attention uniform random none) \
+			$(addprefix --num-tokens ,64 32 16 0) \
 			--json results/testbed-$$checkpoint-crowded.json || exit; \
 	done
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from dcp_prune.errors import MissingSignalError
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.profiling import latency
 from dcp_prune.profiling.latency import NONE, Sample, build_config, build_model, make_inputs, measure
@@ -104,6 +106,26 @@ def test_the_command_writes_a_result_from_which_the_cost_table_is_drawn(tmp_path
     assert result["environment"]["packages"]["torch"]
     assert cost(result).count("\n") == 3
     assert "4 of 64 visual tokens" in capsys.readouterr().out
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeylessPruner(RandomPruner):
+    """Asks for what no model gives."""
+
+    def score(self, tokens):
+        raise MissingSignalError("KeylessPruner needs the moon, which these tokens do not carry")
+
+
+def test_a_pruner_that_the_model_cannot_serve_is_left_out_aloud_unless_it_was_asked_for(monkeypatch, capsys):
+    pruners = {"random": RandomPruner, "keyless": KeylessPruner}
+    monkeypatch.setattr(latency, "list_pruners", lambda: tuple(pruners))
+    monkeypatch.setattr(latency, "make_pruner", lambda name, num_tokens: pruners[name](num_tokens=num_tokens))
+    assert latency.run(["--tiny", "--runs", "1", "--num-tokens", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "left out keyless: KeylessPruner needs the moon" in output
+    assert "random" in output
+    assert latency.run(["--tiny", "--runs", "1", "--num-tokens", "4", "--pruner", "keyless"]) == 2
+    assert "needs the moon" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,14 @@ from rich.progress import track
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from dcp_prune.errors import DcpPruneError, InvalidInputError
+from dcp_prune.errors import DcpPruneError, InvalidInputError, MissingSignalError
 from dcp_prune.eval.environment import environment
 from dcp_prune.files import check_writable, to_json, write_atomically
 from dcp_prune.integrations.transformers import encode_images, prune_inputs
 from dcp_prune.profiling.flops import llava_prefill_flops
 from dcp_prune.profiling.memory import kv_cache_bytes
 from dcp_prune.pruners.base import Pruner
-from dcp_prune.registry import get_pruner, list_pruners, make_pruner
-from dcp_prune.tokens import Signal
+from dcp_prune.registry import list_pruners, make_pruner
 
 NONE = "none"
 """Name of the run without a pruner, to which all ratios refer."""
@@ -252,7 +251,7 @@ def main(
     Takes minutes, and memory for the weights: about 6 GB in float32, half of it in bfloat16.
 
     Args:
-        pruner: pruners to measure; may be given several times; default: all.
+        pruner: pruners to measure; may be given several times; default: all that this model can serve.
         num_tokens: visual tokens that each of them keeps.
         runs: interleaved rounds; medians are reported.
         dtype: of the weights.
@@ -265,9 +264,7 @@ def main(
     if runs < 1:
         raise InvalidInputError(f"a median needs at least one round, got --runs {runs}")
     target = None if json is None else check_writable(json)
-    # The benchmark's model has no text tower of CLIP.
-    able = [name for name in list_pruners() if Signal.CLIP_SIMILARITY not in get_pruner(name).requires]
-    pruners = {name: make_pruner(name, num_tokens=num_tokens) for name in pruner or able}
+    pruners = {name: make_pruner(name, num_tokens=num_tokens) for name in pruner or list_pruners()}
     if threads is not None:
         torch.set_num_threads(threads)
     config = build_config(tiny=tiny)
@@ -278,7 +275,10 @@ def main(
     def progress(rounds: Sequence[int]) -> Any:
         return track(rounds, description=f"{runs} rounds and one to warm up", console=console, transient=True)
 
-    costs = measure(model, make_inputs(model), pruners, runs=runs, progress=progress)
+    inputs = make_inputs(model)
+    if pruner is None:
+        pruners = _usable(model, inputs, pruners, console)
+    costs = measure(model, inputs, pruners, runs=runs, progress=progress)
     size = "a tiny LLaVA" if tiny else "CLIP ViT-L/14-336 and a 1B-parameter Llama"
     description = (
         f"{size}, random weights, {dtype}, one image and {TEXT_TOKENS} text tokens, {runs} interleaved rounds."
@@ -298,6 +298,22 @@ def main(
         }
         write_atomically(target, to_json(result).encode())
         console.print(f"wrote {target}", highlight=False)
+
+
+@torch.no_grad()
+def _usable(
+    model: Any, inputs: Mapping[str, Any], pruners: Mapping[str, Pruner], console: Console
+) -> dict[str, Pruner]:
+    """Those of the pruners whose signals this model gives; says which ones are left out, and why."""
+    usable: dict[str, Pruner] = {}
+    for name, pruner in pruners.items():
+        try:
+            prune_inputs(model, inputs, pruner)
+        except MissingSignalError as error:
+            console.print(f"left out {name}: {error}", highlight=False)
+        else:
+            usable[name] = pruner
+    return usable
 
 
 def _table(costs: Sequence[Cost], title: str) -> Table:
