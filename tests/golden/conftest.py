@@ -15,8 +15,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_file" in metafunc.fixturenames:
-        folder = metafunc.config.getoption("--golden-dir", default=DEFAULT)
-        files = sorted(Path(folder).rglob("*.npz"))
+        # A run over all tests meets this file too late for the option, and takes the default.
+        folder = metafunc.config.getoption("--golden-dir", default=None) or DEFAULT
+        files = sorted(folder.rglob("*.npz"))
         if not files:
             raise pytest.UsageError(f"no golden files (*.npz) under {folder}")
         metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
