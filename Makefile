@@ -34,8 +34,8 @@ bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama
 
 results: $(RUNTIME) ## measure quality on held-out seeds for the README: both checkpoints, crowded pictures (LIMIT=1000 questions)
 	for checkpoint in weak aligned; do \
-		$(BIN)/dcp-prune testbed eval --difficulty crowded --checkpoint $$checkpoint --limit $(or $(LIMIT),2000) \
-			$(addprefix --pruner ,dcp scope mmtok prunesid visionzip holov vispruner divprune otprune) \
+		$(BIN)/dcp-prune testbed eval --difficulty crowded --checkpoint $$checkpoint --limit $(or $(LIMIT),1050) \
+			$(addprefix --pruner ,dcp dcp_progressive mmtok scope divprune visionzip) \
 			$(addprefix --pruner ,cls_attention uniform random none) \
 			$(addprefix --num-tokens ,64 32 16 0) \
 			--json results/testbed-$$checkpoint-crowded.json || exit; \

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dcp_prune.integrations.transformers import prune, prune_inputs
     from dcp_prune.pruners.base import EncoderStage, Pruner, ScorePruner, Selection, SelectionPruner
     from dcp_prune.pruners.cls_attention import ClsAttentionPruner
-    from dcp_prune.pruners.dcp import DCPPruner
+    from dcp_prune.pruners.dcp import DCPPruner, ProgressiveDCPPruner
     from dcp_prune.pruners.random import RandomPruner
     from dcp_prune.pruners.uniform import UniformPruner
     from dcp_prune.registry import get_pruner, list_pruners, make_pruner, register_pruner
@@ -40,7 +40,7 @@ _HOMES = {
     "integrations.transformers": ("prune", "prune_inputs"),
     "pruners.base": ("EncoderStage", "Pruner", "ScorePruner", "Selection", "SelectionPruner"),
     "pruners.cls_attention": ("ClsAttentionPruner",),
-    "pruners.dcp": ("DCPPruner",),
+    "pruners.dcp": ("DCPPruner", "ProgressiveDCPPruner"),
     "pruners.random": ("RandomPruner",),
     "pruners.uniform": ("UniformPruner",),
     "registry": ("get_pruner", "list_pruners", "make_pruner", "register_pruner"),
@@ -58,6 +58,7 @@ __all__ = [
     "EncoderTokens",
     "InvalidInputError",
     "MissingSignalError",
+    "ProgressiveDCPPruner",
     "PrunedTokens",
     "Pruner",
     "RandomPruner",

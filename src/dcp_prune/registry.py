@@ -18,6 +18,7 @@ ENTRY_POINT_GROUP = "dcp_prune.pruners"
 
 _TARGETS: dict[str, str | type[Pruner]] = {
     "dcp": "dcp_prune.pruners.dcp:DCPPruner",
+    "dcp_progressive": "dcp_prune.pruners.dcp:ProgressiveDCPPruner",
     "random": "dcp_prune.pruners.random:RandomPruner",
     "uniform": "dcp_prune.pruners.uniform:UniformPruner",
     "cls_attention": "dcp_prune.pruners.cls_attention:ClsAttentionPruner",

@@ -96,7 +96,7 @@ def test_a_budget_of_all_tokens_gives_bit_equal_ids_and_logits(
     with torch.no_grad():
         logits = model(**inputs).logits
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    with prune(model, make_pruner("dcp", num_tokens=budget)) as handle, torch.no_grad():
+    with prune(model, make_pruner("dcp_progressive", num_tokens=budget)) as handle, torch.no_grad():
         with pytest.warns(UserWarning, match="nothing was pruned"):
             logits_attached = model(**inputs).logits
         with pytest.warns(UserWarning, match="nothing was pruned"):
@@ -215,7 +215,7 @@ def test_processors_and_criteria_of_the_caller_see_the_original_prompt(model: An
 
 def test_a_dictionary_output_holds_the_original_prompt_and_the_scores(model: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(*PROMPTS)
-    with prune(model, make_pruner("dcp", num_tokens=8)):
+    with prune(model, make_pruner("dcp_progressive", num_tokens=8)):
         ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         output = model.generate(
             **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_scores=True
@@ -236,7 +236,7 @@ def test_placeholders_without_an_image_are_refused(model: Any, make_inputs: Make
     inputs = make_inputs(PROMPTS[0])
     del inputs["pixel_values"]
     with (
-        prune(model, make_pruner("dcp", num_tokens=8)),
+        prune(model, make_pruner("dcp_progressive", num_tokens=8)),
         pytest.raises(InvalidInputError, match="no image came with it"),
     ):
         model.generate(**inputs, max_new_tokens=1)
@@ -244,7 +244,7 @@ def test_placeholders_without_an_image_are_refused(model: Any, make_inputs: Make
 
 def test_a_prompt_without_placeholder_is_refused(model: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(PROMPTS[2]) | {"pixel_values": make_inputs(PROMPTS[0])["pixel_values"]}
-    with prune(model, make_pruner("dcp", num_tokens=8)):
+    with prune(model, make_pruner("dcp_progressive", num_tokens=8)):
         for call in (model, model.generate):
             with pytest.raises(InvalidInputError, match="holds no image placeholder"):
                 call(**inputs)
@@ -280,7 +280,7 @@ def test_gradients_reach_language_model_projector_and_vision_tower(
     inputs = make_inputs(*PROMPTS[:2])
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_ID, -100)
     model.train()
-    with prune(model, make_pruner("dcp", num_tokens=8)):
+    with prune(model, make_pruner("dcp_progressive", num_tokens=8)):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model(**inputs).loss.backward()
@@ -325,7 +325,7 @@ def test_compiled_encoder_layers_run_compiled_and_choose_the_same_tokens(
 @pytest.mark.slow
 def test_a_compiled_forward_generates_the_same(model: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(PROMPTS[1])
-    with prune(model, make_pruner("dcp", num_tokens=8)):
+    with prune(model, make_pruner("dcp_progressive", num_tokens=8)):
         expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         model.forward = torch.compile(model.forward, backend="eager")
         assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
@@ -367,7 +367,7 @@ def test_the_image_text_pipeline_answers_a_chat_and_a_batch(model: Any, processo
 def test_a_deepcopy_prunes_on_its_own(model: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(PROMPTS[0])
     unpruned = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    with prune(model, make_pruner("dcp", num_tokens=8)) as handle:
+    with prune(model, make_pruner("dcp_progressive", num_tokens=8)) as handle:
         pruned = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         twin = copy.deepcopy(model)
     handle.last = None
@@ -385,7 +385,7 @@ def test_a_deepcopy_prunes_on_its_own(model: Any, make_inputs: MakeInputs) -> No
 def test_a_model_saved_while_attached_loads_as_a_plain_one(model: Any, make_inputs: MakeInputs, tmp_path: Path) -> None:
     inputs = make_inputs(PROMPTS[0])
     keys = set(model.state_dict())
-    with prune(model, make_pruner("dcp", num_tokens=8)):
+    with prune(model, make_pruner("dcp_progressive", num_tokens=8)):
         model.generate(**inputs, max_new_tokens=2)
         assert set(model.state_dict()) == keys
         model.save_pretrained(tmp_path)
@@ -398,7 +398,7 @@ def test_a_model_saved_while_attached_loads_as_a_plain_one(model: Any, make_inpu
 def test_two_threads_do_not_disturb_each_other(model: Any, make_inputs: MakeInputs) -> None:
     batches = [make_inputs(PROMPTS[0], seeds=[1]), make_inputs(PROMPTS[1], seeds=[2, 3])]
     found: list[list[Tensor]] = [[], []]
-    with prune(model, make_pruner("dcp", num_tokens=8)):
+    with prune(model, make_pruner("dcp_progressive", num_tokens=8)):
         expected = [model.generate(**inputs, max_new_tokens=3, do_sample=False) for inputs in batches]
         start = threading.Barrier(2)
 
@@ -435,10 +435,10 @@ def test_attaching_twice_is_refused_and_names_the_way_out(model: Any) -> None:
 def test_a_stage_that_does_not_fit_the_encoder_is_refused_when_attaching(model: Any) -> None:
     before = traces(model)
     with pytest.raises(InvalidInputError, match="layer 2"):
-        prune(model, make_pruner("dcp", num_tokens=8, schedule=((2, 0.5),)))
+        prune(model, make_pruner("dcp_progressive", num_tokens=8, schedule=((2, 0.5),)))
     model.config.vision_feature_layer = [-2, -1]
     with pytest.raises(UnsupportedModelError, match="list"):
-        prune(model, make_pruner("dcp", num_tokens=8))
+        prune(model, make_pruner("dcp_progressive", num_tokens=8))
     assert traces(model) == before
 
 
@@ -514,7 +514,7 @@ def test_a_generate_of_the_users_own_is_called_and_put_back(model: Any, make_inp
 
 def test_a_handle_works_without_a_with_statement(model: Any, make_inputs: MakeInputs) -> None:
     before = traces(model)
-    handle = prune(model, make_pruner("dcp", num_tokens=8))
+    handle = prune(model, make_pruner("dcp_progressive", num_tokens=8))
     model.generate(**make_inputs(PROMPTS[0]), max_new_tokens=1)
     assert handle.last is not None
     assert "LlavaForConditionalGeneration" in repr(handle)

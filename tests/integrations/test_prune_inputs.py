@@ -115,7 +115,7 @@ def test_each_image_keeps_exactly_the_budget_and_all_text_stays(
 
 def test_the_record_tells_what_was_done(pristine_model: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(*PROMPTS)
-    record = prune_inputs(pristine_model, inputs, make_pruner("dcp", num_tokens=8)).record
+    record = prune_inputs(pristine_model, inputs, make_pruner("dcp_progressive", num_tokens=8)).record
     assert record is not None
     assert (record.tokens_before, record.tokens_after) == (N, 8)
     assert (record.prompt_before, record.prompt_after) == (77, 77 - 2 * (N - 8))
@@ -185,7 +185,7 @@ def test_a_budget_that_drops_nothing_returns_the_inputs_and_says_so(
 ) -> None:
     inputs = make_inputs(*PROMPTS)
     with pytest.warns(UserWarning, match="nothing was pruned: .* keeps all 36 visual tokens") as caught:
-        short = prune_inputs(pristine_model, inputs, make_pruner("dcp", **budget))
+        short = prune_inputs(pristine_model, inputs, make_pruner("dcp_progressive", **budget))
     assert caught[0].filename == __file__
     assert short.inputs.keys() == inputs.keys()
     assert all(short.inputs[name] is inputs[name] for name in inputs)
@@ -221,7 +221,7 @@ def test_one_encoder_pass_serves_many_questions_and_pruners(pristine_model: Any,
 
 def test_a_shared_pass_needs_equal_stages(pristine_model: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs("<image> what")
-    plain, staged = make_pruner("random", num_tokens=8), make_pruner("dcp", num_tokens=8)
+    plain, staged = make_pruner("random", num_tokens=8), make_pruner("dcp_progressive", num_tokens=8)
     with pytest.raises(InvalidInputError, match="cannot share a pass"):
         encode_images(pristine_model, inputs["pixel_values"], plain, staged)
     encoded = encode_images(pristine_model, inputs["pixel_values"], plain)
@@ -285,7 +285,7 @@ def test_special_tokens_of_the_tokenizer_are_no_words_once_the_processor_is_know
 def test_a_text_aware_pruner_without_any_question_is_refused(pristine_model: Any, make_inputs: MakeInputs) -> None:
     with pytest.raises(MissingSignalError, match="text"):
         prune_inputs(pristine_model, make_inputs("<image>"), ListeningPruner(num_tokens=8))
-    prune_inputs(pristine_model, make_inputs("<image>"), make_pruner("dcp", num_tokens=8))
+    prune_inputs(pristine_model, make_inputs("<image>"), make_pruner("dcp_progressive", num_tokens=8))
 
 
 def test_tensors_shaped_like_the_ids_are_shortened_along(pristine_model: Any, make_inputs: MakeInputs) -> None:

@@ -8,7 +8,15 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from dcp_prune import DCPPruner, EncoderTokens, InvalidInputError, MissingSignalError, VisualTokens, kappa
+from dcp_prune import (
+    DCPPruner,
+    EncoderTokens,
+    InvalidInputError,
+    MissingSignalError,
+    ProgressiveDCPPruner,
+    VisualTokens,
+    kappa,
+)
 from dcp_prune.functional.distribution import DISTANCES
 from dcp_prune.functional.similarity import gather_tokens
 
@@ -58,7 +66,7 @@ def on_thing(indices: torch.Tensor, thing: int) -> list[int]:
     ],
 )
 def test_the_default_schedule_fits_encoders_of_any_depth(layers, expected):
-    stages = DCPPruner(num_tokens=16).encoder_stages(576, layers)
+    stages = ProgressiveDCPPruner(num_tokens=16).encoder_stages(576, layers)
     assert [(stage.layer, stage.num_tokens) for stage in stages] == expected
 
 
@@ -66,7 +74,7 @@ def test_the_default_schedule_fits_encoders_of_any_depth(layers, expected):
     ("k", "expected"), [(200, [288, 200]), (288, [288]), (300, [300]), (575, [575]), (576, []), (9999, [])]
 )
 def test_shares_are_raised_to_the_budget_and_stages_without_work_are_left_out(k, expected):
-    assert [stage.num_tokens for stage in DCPPruner(num_tokens=k).encoder_stages(576, 23)] == expected
+    assert [stage.num_tokens for stage in ProgressiveDCPPruner(num_tokens=k).encoder_stages(576, 23)] == expected
 
 
 def test_a_schedule_can_be_given_in_layers_and_counts():
@@ -282,9 +290,9 @@ OTHER_VALUES = {
     "trigger": "mmd",
     "threshold": math.inf,
     "space": "encoder",
-    "centres": "k_center",
+    "centres": "facility_location",
     "coverage_weight": 5.0,
-    "saliency_weight": 0.0,
+    "saliency_weight": 1.0,
     "text_weight": 0.0,
     "relevance_power": 0.5,
     "relevance_smoothing": 0.5,
@@ -317,7 +325,7 @@ def outcome(pruner: DCPPruner) -> list[torch.Tensor]:
     "field", [field.name for field in fields(DCPPruner) if field.name not in ("num_tokens", "keep_ratio")]
 )
 def test_every_field_has_an_effect(field):
-    base = DCPPruner(num_tokens=K, recovery=0.1)  # the graph's fields matter only where there is recovery
+    base = ProgressiveDCPPruner(num_tokens=K, recovery=0.1)  # the graph's fields matter only where there is recovery
     plain, changed = outcome(base), outcome(replace(base, **{field: OTHER_VALUES[field]}))
     same = len(plain) == len(changed) and all(map(torch.equal, plain, changed))
     assert not same

@@ -27,7 +27,7 @@ def assistant() -> Assistant:
     return Assistant("random weights", model, make_processor())
 
 
-METHODS = (*plan(["none", "dcp", "cls_attention"], [16]), *plan(["none"], [0]))
+METHODS = (*plan(["none", "dcp_progressive", "cls_attention"], [16]), *plan(["none"], [0]))
 
 
 @pytest.fixture(scope="module")

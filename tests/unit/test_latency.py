@@ -99,10 +99,10 @@ def test_selecting_inside_the_encoder_counts_as_selecting(model, monkeypatch):
 
 def test_the_command_writes_a_result_from_which_the_cost_table_is_drawn(tmp_path: Path, capsys):
     target = tmp_path / "latency.json"
-    arguments = ["--tiny", "--runs", "1", "--pruner", "dcp", "--num-tokens", "4", "--json", str(target)]
+    arguments = ["--tiny", "--runs", "1", "--pruner", "dcp_progressive", "--num-tokens", "4", "--json", str(target)]
     assert latency.run(arguments) == 0
     result = json.loads(target.read_text())
-    assert [row["pruner"] for row in result["results"]] == ["none", "dcp"]
+    assert [row["pruner"] for row in result["results"]] == ["none", "dcp_progressive"]
     assert result["environment"]["packages"]["torch"]
     assert cost(result).count("\n") == 3
     assert "4 of 64 visual tokens" in capsys.readouterr().out

@@ -111,7 +111,8 @@ class DCPPruner(Pruner):
         schedule: ACGR stages as pairs (after, keep), strictly decreasing in what they keep. `after` is a 0-based layer,
             or as a float the share of the encoder's depth that has passed; `keep` is a count, or as a float a share of
             the image's tokens, raised to the budget where it lies below. Shares fit every encoder: a stage that has
-            nothing left to drop, or no layer of its own, is left out. () prunes after the encoder only.
+            nothing left to drop, or no layer of its own, is left out. () prunes after the encoder only, which kept more
+            accuracy on the testbed; `ProgressiveDCPPruner` is the preset with stages.
         anchors: how a stage chooses its anchors: `farthest` (farthest-point sampling), `coverage` (saliency times
             marginal coverage; slow for many anchors) or `saliency` (top-m by [CLS] attention).
         recovery: lambda, how strongly contexts are poured into their anchors; 0 only drops them.
@@ -151,7 +152,7 @@ class DCPPruner(Pruner):
 
     optional: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES, Signal.TEXT})
 
-    schedule: tuple[tuple[int | float, int | float], ...] = ((0.5, 0.5), (0.75, 0.25))
+    schedule: tuple[tuple[int | float, int | float], ...] = ()
     anchors: Partition = "farthest"
     recovery: float = 0.0
     neighbours: int = 4
@@ -164,14 +165,14 @@ class DCPPruner(Pruner):
     threshold: float = 0.0
 
     space: Space = "language"
-    centres: Centres = "facility_location"
+    centres: Centres = "k_center"
     coverage_weight: float = 0.1
-    saliency_weight: float = 1.0
-    text_weight: float = 3.0
+    saliency_weight: float = 0.0
+    text_weight: float = 1.0
     relevance_power: float = 3.0
     relevance_smoothing: float = 0.0
     gate: Gate = "confidence"
-    confidence_margin: float = 0.0
+    confidence_margin: float = -1.5
     confidence_span: float = 4.0
     confidence_robust: bool = False
     text_affinity: float = 0.2
@@ -365,6 +366,18 @@ class DCPPruner(Pruner):
             bonus = bonus + self.member_saliency * saliency
         clusters = assign(affinity, centres, mask)
         return reselect(affinity, clusters, k, bonus=bonus).sort(dim=1).values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveDCPPruner(DCPPruner):
+    """DCP-Prune with stages inside the encoder: half of the tokens leave at half of its depth, half of the rest at three
+    quarters.
+
+    The encoder gets faster, and what its later layers would have worked out from the dropped tokens is lost: on the
+    testbed that is most of counting. All else is as in `DCPPruner`.
+    """
+
+    schedule: tuple[tuple[int | float, int | float], ...] = ((0.5, 0.5), (0.75, 0.25))
 
 
 def partition(
