@@ -30,7 +30,7 @@ format: $(DEV) ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, here (ARGS=--tiny tries it out in seconds)
-	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--json results/latency-cpu.json)
+	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
 
 results: $(RUNTIME) ## measure quality on held-out seeds for the README: both checkpoints, crowded pictures (LIMIT=1000 questions)
 	for checkpoint in weak aligned; do \

@@ -370,8 +370,8 @@ class DCPPruner(Pruner):
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveDCPPruner(DCPPruner):
-    """DCP-Prune with stages inside the encoder: half of the tokens leave at half of its depth, half of the rest at three
-    quarters.
+    """DCP-Prune with stages inside the encoder: half of the tokens leave at half of its depth, half of the others at
+    three quarters.
 
     The encoder gets faster, and what its later layers would have worked out from the dropped tokens is lost: on the
     testbed that is most of counting. All else is as in `DCPPruner`.
