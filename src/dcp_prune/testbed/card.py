@@ -171,7 +171,11 @@ def card(record: dict) -> str:
         "",
         f"Held-out scenes have seeds from {record['held_out_seeds'][0]}; training seeds stay below 900000000. The "
         "vision encoder is supervised with labels of every patch and language training uses a grounding loss, so "
-        "features are cleaner than CLIP's. One training seed. Recipe: `make train-testbed`.",
+        "features are cleaner than CLIP's. One training seed.",
+        "",
+        "Recipe: `make train-testbed`. These weights were trained while it took its shape: the vision and the language "
+        "stage were lengthened on the way (their learning rate rose again each time), and the losses for counting and "
+        "for the sign came in part of the way through. A rerun gives a model like this one, not this one.",
         "",
     ]
     return "\n".join(lines)
