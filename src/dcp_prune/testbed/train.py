@@ -518,7 +518,11 @@ def read_checkpoint(directory: Path, name: str) -> dict:
 
 
 def train_stage(stage: Stage, directory: Path, device: str = "cpu", save_every: float = 60.0) -> None:
-    """Runs a stage to its end, from where its last checkpoint left it; a checkpoint every `save_every` seconds."""
+    """Runs a stage to its end, from where its last checkpoint left it; a checkpoint every `save_every` seconds.
+
+    Data depend on seed and step alone; with one thread on a CPU a resumed run ends in the very weights of an unbroken
+    one, with more threads gradients are added up in varying order.
+    """
     torch.set_default_device(device)
     bundle = Bundle().to(device)
     file = checkpoint_of(directory, stage.name)
