@@ -1,6 +1,7 @@
 """The shipped checkpoints: plain transformers loads them, they see, and 16 random tokens are not enough for them."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_the_weights_fit_into_40_megabytes():
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_plain_transformers_loads_it_and_generates_an_answer(checkpoint):
     path = checkpoint_path(checkpoint)
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)
     scene = make_scene(TUNING[0])
     asked = next(q for q in scene.questions if q.text == "what does the sign say ?")
