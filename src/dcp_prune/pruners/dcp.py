@@ -94,7 +94,7 @@ class AnchorContextStage(EncoderStage):
 
 @dataclass(frozen=True, kw_only=True)
 class DCPPruner(Pruner):
-    """DCP-Prune: ACGR stages inside the encoder, then TATCS, text-aware token cluster selection, after it.
+    """DCP-Prune: text-aware token cluster selection (TATCS), behind ACGR stages in the encoder if `schedule` has any.
 
     After the encoder a cheap first choice is made. If the full set's distance to it exceeds `threshold`, the tokens are
     selected anew: k representatives that cover what is salient and what the question speaks of, the clusters around
