@@ -32,13 +32,16 @@ format: $(DEV) ## rewrite the code in the project's style
 bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, here (ARGS=--tiny tries it out in seconds)
 	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
 
-results: $(RUNTIME) ## measure quality on held-out seeds for the README: both checkpoints, crowded pictures (LIMIT=1000 questions)
+results: $(RUNTIME) ## measure quality on held-out seeds for the README: both checkpoints and difficulties (LIMIT=1000 questions)
 	for checkpoint in weak aligned; do \
 		$(BIN)/dcp-prune testbed eval --difficulty crowded --checkpoint $$checkpoint --limit $(or $(LIMIT),1050) \
 			$(addprefix --pruner ,dcp dcp_progressive mmtok scope divprune visionzip) \
 			$(addprefix --pruner ,cls_attention uniform random none) \
 			$(addprefix --num-tokens ,64 32 16 0) \
 			--json results/testbed-$$checkpoint-crowded.json || exit; \
+		$(BIN)/dcp-prune testbed eval --difficulty standard --checkpoint $$checkpoint --limit $(or $(LIMIT),1050) \
+			$(addprefix --pruner ,dcp random uniform cls_attention none) --num-tokens 16 \
+			--json results/testbed-$$checkpoint-standard.json || exit; \
 	done
 
 readme: $(RUNTIME) ## rebuild the README's tables from results/
