@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/testbed"), help="where checkpoints of stages are kept")
     parser.add_argument("--checkpoint", action="append", choices=CHECKPOINTS, help="default: all")
-    parser.add_argument("--scenes", type=int, default=500, help="held-out scenes of each difficulty to measure on")
+    parser.add_argument("--scenes", type=int, default=400, help="held-out scenes of each difficulty to measure on")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     if args.threads:
