@@ -128,6 +128,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     def never(name: str) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("dcp_prune.cli._load", never)
+    monkeypatch.setattr("dcp_prune.cli.ask.load_assistant", never)
     _refused(dcp_prune("inspect", "--image", picture, *ASK, "--output", output), "cannot write")
     _refused(dcp_prune("run", "--image", picture, *ASK, "--json", output), "cannot write")

@@ -1,0 +1,252 @@
+"""Ask about images: `demo`, `run` and `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from dcp_prune.cli.common import (
+    DEFAULT_NUM_TOKENS,
+    ImageFile,
+    Json,
+    KeepRatio,
+    Model,
+    NumTokens,
+    PrunerName,
+    Text,
+    Whole,
+    app,
+    build_pruner,
+    check_outputs,
+    environment_now,
+    load_assistant,
+    png_bytes,
+    progress_bar,
+    report_result,
+)
+from dcp_prune.errors import InvalidInputError
+from dcp_prune.files import write_atomically
+
+if TYPE_CHECKING:
+    from dcp_prune.assistant import Assistant, Reply, View
+    from dcp_prune.images import LoadedImage
+
+DEMO_PICTURE = Path("demo/kept.png")
+"""The one output whose folder is made if need be."""
+
+
+@app.command
+def demo(
+    *,
+    output: Annotated[Path, Parameter(help="Where to put the picture of kept tokens (PNG).")] = DEMO_PICTURE,
+    num_tokens: Annotated[int, Whole, Parameter(help="Visual tokens to keep.")] = DEFAULT_NUM_TOKENS,
+    images: Annotated[int, Whole, Parameter(help="How many images; two questions are asked about each.")] = 6,
+    crowded: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Show 9 to 13 objects in an image instead of 4 to 7.")
+    ] = False,
+    model: Model = "testbed",
+    json: Json = None,
+) -> None:
+    """See it work: a trained model answers questions with all visual tokens and with a few.
+
+    The images are drawn on the spot and the model has never seen them; they are the first ones of the held-out seeds,
+    not chosen for their results.
+    """
+    from dcp_prune.registry import make_pruner
+
+    if images < 1:
+        raise InvalidInputError(f"--images must be at least 1, got {images}")
+    pruners = {name: make_pruner(name, num_tokens=num_tokens) for name in ("dcp", "random")}
+    new_folder = output == DEMO_PICTURE and not output.parent.exists()
+    check_outputs(output.parent if new_folder else output, json)
+
+    from dcp_prune.eval.demo import draw_demo, run_demo, summarise_demo
+
+    with progress_bar("Loading the model") as advance:
+        assistant = load_assistant(model)
+        shown = run_demo(assistant, pruners, images, "crowded" if crowded else "standard", progress=advance)
+    summary = summarise_demo(shown)
+    output.parent.mkdir(exist_ok=True)
+    write_atomically(output, png_bytes(draw_demo(shown, assistant.name)))
+    result = {"model": assistant.name, "picture": str(output), **summary, "environment": environment_now()}
+
+    def show(console: Console) -> None:
+        table = Table("question", "tokens", "answer", "", "kappa", "prefill", "ms", box=None, pad_edge=False)
+        for column in table.columns[4:]:
+            column.justify = "right"
+        for number, question in enumerate(summary["questions"]):
+            for line, answer in enumerate(question["answers"]):
+                table.add_row(
+                    (question["text"], f"  the truth: {question['truth']}", "")[min(line, 2)],
+                    f"{answer['visual_tokens']} {answer['method']}",
+                    answer["answer"],
+                    "right" if answer["correct"] else "wrong",
+                    f"{answer['kappa']:.2f}",
+                    str(answer["prefill_tokens"]),
+                    f"{answer['milliseconds']:.0f}",
+                )
+            if number + 1 < len(summary["questions"]):
+                table.add_row()
+        console.print(table)
+        console.print()
+        for method in summary["methods"]:
+            console.print(
+                f"{method['method']:>7}  {method['correct']} of {method['questions']} right, "
+                f"{method['visual_tokens']} visual tokens, {method['prefill_tokens']:.0f} tokens to prefill, "
+                f"{method['milliseconds']:.0f} ms to the first word"
+            )
+        console.print(
+            f"\nkappa: how far the kept tokens' distribution is from that of all tokens (0: not at all).\n"
+            f"The kept tokens over the images: {output}"
+        )
+
+    report_result(result, json, show)
+
+
+@app.command
+def run(
+    *,
+    image: ImageFile,
+    question: Annotated[str | None, Text, Parameter(help="What you want to know about the image.")] = None,
+    prompt: Annotated[
+        str | None, Text, Parameter(help="Instead of a question: the whole prompt, with `<image>` in its place.")
+    ] = None,
+    model: Model = "testbed",
+    pruner: PrunerName = "dcp",
+    num_tokens: NumTokens = None,
+    keep_ratio: KeepRatio = None,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="Where the answer is cut off at the latest.")] = 32,
+    json: Json = None,
+) -> None:
+    """Ask one question about one image. The pruner `none` reads all visual tokens."""
+    chosen = None if pruner == "none" else build_pruner(pruner, num_tokens, keep_ratio)
+    loaded, assistant, text = _prepare(image, question, prompt, model, json)
+    view = assistant.look(loaded.image)
+    reply = assistant.ask(loaded.image, view, text, chosen, max_new_tokens=max_new_tokens)
+
+    def show(console: Console) -> None:
+        console.print(reply.text, highlight=False, markup=False)
+        console.print(
+            f"[{reply.visual_tokens} of {len(view.features[0])} visual tokens, "
+            f"{reply.prefill_tokens} tokens to prefill, kappa {reply.kappa:.2f}, "
+            f"{reply.milliseconds:.0f} ms to the first word]",
+            style="dim",
+            markup=False,
+            highlight=False,
+        )
+
+    report_result(_as_json(assistant, pruner, loaded, question or text, view, reply), json, show)
+
+
+@app.command
+def inspect(
+    *,
+    image: ImageFile,
+    question: Annotated[str | None, Text, Parameter(help="What you want to know about the image.")] = None,
+    prompt: Annotated[
+        str | None, Text, Parameter(help="Instead of a question: the whole prompt, with `<image>` in its place.")
+    ] = None,
+    output: Annotated[Path, Parameter(help="Where to put the picture (PNG).")] = Path("kept.png"),
+    model: Model = "testbed",
+    pruner: PrunerName = "dcp",
+    num_tokens: NumTokens = None,
+    keep_ratio: KeepRatio = None,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="Where the answer is cut off at the latest.")] = 32,
+    json: Json = None,
+) -> None:
+    """Draw what a pruner kept: the image, its saliency, the kept tokens, and which of them stands for which patch."""
+    chosen = build_pruner(pruner, num_tokens, keep_ratio)
+    loaded, assistant, text = _prepare(image, question, prompt, model, json, output)
+    view = assistant.look(loaded.image)
+    full = assistant.ask(loaded.image, view, text, max_new_tokens=max_new_tokens)
+    reply = assistant.ask(loaded.image, view, text, chosen, max_new_tokens=max_new_tokens)
+
+    import numpy as np
+
+    from dcp_prune.viz.overlay import inspection
+
+    result = _as_json(assistant, pruner, loaded, question or text, view, reply)
+    total = len(view.features[0])
+    picture = inspection(
+        view.image,
+        kept=result["indices"],
+        assignment=np.array(result["assignment"]),
+        saliency=view.saliency,
+        shape=view.shape,
+        title=question or text,
+        subtitle=f"with {reply.visual_tokens} of {total} visual tokens: {reply.text}\nwith all {total}: {full.text}",
+        footer=f"{assistant.name}, {pruner}, {reply.visual_tokens} visual tokens, kappa {reply.kappa:.2f}"
+        + {None: "", True: ", chosen anew by cluster", False: ", first choice kept"}[result["reselected"]],
+    )
+    write_atomically(output, png_bytes(picture))
+
+    def show(console: Console) -> None:
+        console.print(reply.text, highlight=False, markup=False)
+        console.print(
+            f"[{reply.visual_tokens} of {total} visual tokens, kappa {reply.kappa:.2f}; with all: {full.text}]",
+            style="dim",
+            markup=False,
+            highlight=False,
+        )
+        console.print(f"The picture: {output}", highlight=False, markup=False)
+
+    report_result({**result, "answer_all_tokens": full.text, "picture": str(output)}, json, show)
+
+
+def _prepare(
+    image: Path, question: str | None, prompt: str | None, model: str, *outputs: Path | None
+) -> tuple[LoadedImage, Assistant, str]:
+    """Image, model and prompt; whatever can be refused without the model is refused before it is loaded."""
+    from dcp_prune.images import load_image
+
+    if (question is None) == (prompt is None):
+        raise InvalidInputError("give either --question or --prompt")
+    if question is not None and not question.strip():
+        raise InvalidInputError(
+            'the question is empty; ask something, for example --question "what color is the cat ?"'
+        )
+    check_outputs(*outputs)
+    loaded = load_image(image)
+    for remark in loaded.notes:
+        note(remark)
+    if prompt is not None:
+        from dcp_prune.assistant import check_placeholders
+
+        check_placeholders(prompt)
+    with progress_bar("Loading the model"):
+        assistant = load_assistant(model)
+    text = prompt if prompt is not None else assistant.prompt(question or "")
+    unknown = assistant.unknown_words(question or "")
+    if unknown:
+        note(f"{assistant.name} does not know {', '.join(unknown)}; it was trained on few words")
+    return loaded, assistant, text
+
+
+def _as_json(
+    assistant: Assistant, pruner: str, loaded: LoadedImage, question: str, view: View, reply: Reply
+) -> dict[str, Any]:
+    record = reply.record
+    total = view.shape[0] * view.shape[1]
+    everything = list(range(total))
+    chosen_anew = None if record is None or record.reselected is None else bool(record.reselected[0])
+    return {
+        "model": assistant.name,
+        "pruner": pruner,
+        "question": question,
+        "answer": reply.text,
+        "num_tokens": reply.visual_tokens,
+        "num_original": total,
+        "prefill_tokens": reply.prefill_tokens,
+        "kappa": reply.kappa,
+        "reselected": chosen_anew,
+        "milliseconds": {"first_token": reply.milliseconds, **({} if record is None else record.milliseconds)},
+        "grid": list(view.shape),
+        "indices": everything if record is None else record.indices[0].tolist(),
+        "assignment": everything if record is None else record.assignment[0].tolist(),
+        "notes": list(loaded.notes),
+        "environment": environment_now(),
+    }

@@ -1,0 +1,153 @@
+"""What all commands share: parameter types, progress, errors, and the way results come out."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from dcp_prune import __version__
+from dcp_prune.files import check_writable, to_json, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dcp_prune.assistant import Assistant
+    from dcp_prune.pruners.base import Pruner
+
+# transformers takes seconds to import, so everything that needs it is imported where it is used: --help, `list` and
+# complaints about bad input answer at once.
+
+DEFAULT_NUM_TOKENS = 16
+
+app = App(
+    name="dcp-prune",
+    version=__version__,
+    help_format="markdown",
+    help="""Ask a vision-language model about images with 16 instead of 576 visual tokens.
+
+    A vision-language model cuts an image into patches and reads one visual token per patch. Most of them say little.
+    A pruner keeps the few that matter for the image and the question, which makes the model faster and its memory
+    smaller. This program shows how well that works, on a small trained model that comes with it or on your own.
+
+    Start with: dcp-prune demo
+    """,
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+)
+
+
+def whole_number(type_: Any, tokens: Sequence[Any]) -> int:
+    # The parser's own conversion would quietly round 1.5.
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError("give a whole number") from None
+
+
+Whole = Parameter(converter=whole_number, allow_leading_hyphen=True, n_tokens=1)
+Text = Parameter(allow_leading_hyphen=True)
+
+Json = Annotated[
+    Path | None, Parameter(help="Write the result as JSON: to this file, or to the screen if no file is named.")
+]
+Model = Annotated[
+    str, Parameter(help="testbed-weak, testbed-aligned, the folder of a LLaVA-1.5 model, or its hub name.")
+]
+PrunerName = Annotated[str, Parameter(help="Which pruner selects the tokens; `dcp-prune list` shows them.")]
+NumTokens = Annotated[
+    int | None,
+    Whole,
+    Parameter(help=f"Visual tokens to keep; {DEFAULT_NUM_TOKENS} if nothing is said.", show_default=False),
+]
+KeepRatio = Annotated[float | None, Parameter(help="Instead of a number: the share of visual tokens to keep, up to 1.")]
+ImageFile = Annotated[Path, Parameter(help="An image file, of any size and kind.")]
+
+
+def fail(sentence: str, code: int = 2) -> None:
+    sys.stderr.write(f"error: {sentence}\n")
+    raise SystemExit(code)
+
+
+def quiet_libraries() -> None:
+    """What libraries have to say about themselves would drown the answer; warnings become notes."""
+    warnings.showwarning = lambda message, *_, **__: note(str(message))
+    import logging
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def note(sentence: str) -> None:
+    sys.stderr.write(f"note: {sentence}\n")
+
+
+def build_pruner(name: str, num_tokens: int | None, keep_ratio: float | None) -> Pruner:
+    from dcp_prune.registry import make_pruner
+
+    if num_tokens is None and keep_ratio is None:
+        num_tokens = DEFAULT_NUM_TOKENS
+    return make_pruner(name, num_tokens=num_tokens, keep_ratio=keep_ratio)
+
+
+def load_assistant(model: str) -> Assistant:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    from dcp_prune.assistant import Assistant
+
+    return Assistant.load(model)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and str(path) != "-":
+            check_writable(path)
+
+
+def environment_now() -> dict[str, Any]:
+    from dcp_prune.eval.environment import environment
+
+    return dict(environment())
+
+
+def report_result(result: dict[str, Any], json: Path | None, show: Callable[[Console], None]) -> None:
+    """Writes the JSON where it was asked for; people read the other form, unless the screen is given to the JSON."""
+    if json is not None and str(json) == "-":
+        sys.stdout.write(to_json(result))
+        return
+    if json is not None:
+        write_atomically(json, to_json(result).encode())
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
+    show(console)
+    if json is not None:
+        console.print(f"The numbers: {json}", highlight=False, markup=False)
+
+
+@contextmanager
+def progress_bar(first: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left, on stderr; it is gone when the work is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(first, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, description="Answering questions", completed=done, total=total)
+
+        yield advance
+
+
+def png_bytes(image: Any) -> bytes:
+    from io import BytesIO
+
+    stream = BytesIO()
+    image.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()

@@ -1,0 +1,134 @@
+"""`testbed eval`: a quick look at accuracy, on the screen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from dcp_prune.cli.common import (
+    DEFAULT_NUM_TOKENS,
+    Json,
+    Whole,
+    app,
+    check_outputs,
+    environment_now,
+    load_assistant,
+    progress_bar,
+    report_result,
+    whole_number,
+)
+from dcp_prune.errors import InvalidInputError
+
+testbed = App(name="testbed", help="Measure pruners on the small model that comes with this program.")
+app.command(testbed)
+
+
+@testbed.command(name="eval")
+def eval_(
+    *,
+    pruner: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="",
+            help="A pruner, or none for all tokens; say it several times to compare; if not at all: none, dcp, random.",
+        ),
+    ] = None,
+    num_tokens: Annotated[
+        list[int] | None,
+        Parameter(
+            converter=lambda type_, tokens: [whole_number(type_, [token]) for token in tokens],
+            allow_leading_hyphen=True,
+            negative="",
+            help="Visual tokens to keep; several times for several budgets; 0 is no image; if not said: 16.",
+        ),
+    ] = None,
+    seed_range: Annotated[
+        str | None, Parameter(help="Scenes from seed A up to B, B excluded, as A:B; if not said: all held-out seeds.")
+    ] = None,
+    limit: Annotated[int, Whole, Parameter(help="How many questions; each image has 14.")] = 1000,
+    difficulty: Annotated[
+        Literal["standard", "crowded"], Parameter(help="4 to 7 objects in an image, or 9 to 13.")
+    ] = "standard",
+    checkpoint: Annotated[
+        str, Parameter(help="weak, aligned, or the folder of a model trained on the testbed.")
+    ] = "weak",
+    json: Json = None,
+) -> None:
+    """Measure accuracy on questions that the model has never seen, for any pruners at any budgets.
+
+    Every pruner answers the very same questions. Accuracies come with 95 % intervals that know that questions about one
+    image belong together; differences to the first pruner are paired. Training uses seeds below 900000000, tuning
+    those up to 999999999, and held-out seeds begin at 1000000000.
+    """
+    from dcp_prune.testbed.seeds import HELD_OUT
+
+    names = pruner or ["none", "dcp", "random"]
+    budgets = num_tokens or [DEFAULT_NUM_TOKENS]
+    seeds = HELD_OUT if seed_range is None else _seed_range(seed_range)
+    if limit < 1:
+        raise InvalidInputError(f"--limit must be at least 1 question, got {limit}")
+    check_outputs(json)
+
+    from dcp_prune.eval.testbed import evaluate, plan, split_name, summarise
+
+    methods = plan(names, budgets)
+    split_name(seeds)
+    with progress_bar("Loading the model") as advance:
+        assistant = load_assistant(f"testbed-{checkpoint}" if checkpoint in ("weak", "aligned") else checkpoint)
+        evaluation = evaluate(
+            assistant.model, assistant.processor, methods, seeds, limit, difficulty=difficulty, progress=advance
+        )
+    result = {**summarise(evaluation), "checkpoint": checkpoint, "environment": environment_now()}
+
+    def show(console: Console) -> None:
+        asked = result["questions"]
+        console.print(
+            f"{asked['questions']} questions about {asked['images']} {asked['difficulty']} images, "
+            f"{asked['split']} seeds {asked['first_seed']} to {asked['last_seed']}, checkpoint {checkpoint}\n",
+            highlight=False,
+        )
+        tasks = list(dict.fromkeys(row["task"] for row in result["results"]))
+        table = Table("pruner", "tokens", *tasks, "kappa", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for answers in evaluation.answers:
+            rows = {
+                row["task"]: row
+                for row in result["results"]
+                if (row["pruner"], row["num_tokens"]) == (answers.method.name, answers.num_tokens)
+            }
+            low, high = rows["all"]["ci95"]
+            table.add_row(
+                answers.method.name,
+                str(answers.num_tokens),
+                f"{100 * rows['all']['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})",
+                *(f"{100 * rows[task]['accuracy']:.0f}" for task in tasks[1:]),
+                "-" if rows["all"]["kappa"] is None else f"{rows['all']['kappa']:.2f}",
+            )
+        console.print(table)
+        for pair in result["paired"]:
+            if pair["task"] == "all":
+                low, high = (100 * bound for bound in pair["ci95"])
+                console.print(
+                    f"\n{pair['pruner']} - {pair['against']} at {pair['num_tokens']} tokens: "
+                    f"{100 * pair['difference']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}",
+                    highlight=False,
+                    end="",
+                )
+        console.print("\n\nAccuracy in per cent; in brackets the 95 % interval.", style="dim", highlight=False)
+
+    report_result(result, json, show)
+
+
+def _seed_range(text: str) -> range:
+    first, colon, last = text.partition(":")
+    try:
+        seeds = range(int(first), int(last))
+    except ValueError:
+        seeds = range(0)
+    if not colon or not seeds:
+        raise InvalidInputError(f"--seed-range must be A:B with whole numbers A below B, got {text!r}")
+    return seeds
