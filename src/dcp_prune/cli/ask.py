@@ -24,6 +24,7 @@ from dcp_prune.cli.common import (
     check_outputs,
     environment_now,
     load_assistant,
+    note,
     png_bytes,
     progress_bar,
     report_result,
