@@ -22,3 +22,7 @@ class UnknownPrunerError(DcpPruneError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr of the sentence
         return str(self.args[0]) if self.args else ""
+
+
+class RecordsError(DcpPruneError):
+    """Records of a sweep cannot be read or written: another version, a file cut short, a full disk, a second writer."""

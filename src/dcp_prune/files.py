@@ -44,6 +44,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name with no content behind it
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # mkstemp keeps others out, an ordinary new file does not

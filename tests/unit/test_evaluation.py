@@ -10,6 +10,7 @@ from PIL import Image
 
 from dcp_prune.assistant import Assistant
 from dcp_prune.errors import InvalidInputError, UnknownPrunerError
+from dcp_prune.eval import runner as runner_module
 from dcp_prune.eval import testbed as evaluation_module
 from dcp_prune.eval.testbed import Answers, Evaluation, Method, evaluate, plan, split_name, summarise
 from dcp_prune.registry import make_pruner
@@ -76,13 +77,13 @@ def test_methods_that_need_the_same_encoder_pass_share_it(
     assistant: Assistant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = []
-    original = evaluation_module.encode_images
+    original = runner_module.encode_images
 
     def counted(model: Any, pixels: Any, *pruners: Any) -> Any:
         passes.append((len(pixels), len(pruners)))
         return original(model, pixels, *pruners)
 
-    monkeypatch.setattr(evaluation_module, "encode_images", counted)
+    monkeypatch.setattr(runner_module, "encode_images", counted)
     methods = plan(["none", "random", "uniform", "cls_attention"], [16, 8])
     evaluate(assistant.model, assistant.processor, methods, HELD_OUT, 28, images_at_once=2)
     assert [count for images, count in passes if images == 2] == [6]

@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from dcp_prune import __version__
+from dcp_prune.errors import InvalidInputError
 from dcp_prune.files import check_writable, to_json, write_atomically
 
 if TYPE_CHECKING:
@@ -50,6 +51,22 @@ def whole_number(type_: Any, tokens: Sequence[Any]) -> int:
         return int(tokens[0].value)
     except ValueError:
         raise ValueError("give a whole number") from None
+
+
+def seed_range_of(text: str) -> range:
+    """Reads A:B.
+
+    Raises:
+        InvalidInputError: anything else.
+    """
+    first, colon, last = text.partition(":")
+    try:
+        seeds = range(int(first), int(last))
+    except ValueError:
+        seeds = range(0)
+    if not colon or not seeds:
+        raise InvalidInputError(f"--seed-range must be A:B with whole numbers A below B, got {text!r}")
+    return seeds
 
 
 Whole = Parameter(converter=whole_number, allow_leading_hyphen=True, n_tokens=1)
@@ -131,8 +148,8 @@ def report_result(result: dict[str, Any], json: Path | None, show: Callable[[Con
 
 
 @contextmanager
-def progress_bar(first: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left, on stderr; it is gone when the work is done."""
+def progress_bar(first: str, then: str = "Answering questions") -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left, on stderr; it is gone when the work is done. `first` is said until work is counted."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -140,7 +157,7 @@ def progress_bar(first: str) -> Iterator[Callable[[int, int], None]]:
         task = bar.add_task(first, total=None)
 
         def advance(done: int, total: int) -> None:
-            bar.update(task, description="Answering questions", completed=done, total=total)
+            bar.update(task, description=then, completed=done, total=total)
 
         yield advance
 

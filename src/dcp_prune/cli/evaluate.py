@@ -18,6 +18,7 @@ from dcp_prune.cli.common import (
     load_assistant,
     progress_bar,
     report_result,
+    seed_range_of,
     whole_number,
 )
 from dcp_prune.errors import InvalidInputError
@@ -67,7 +68,7 @@ def eval_(
 
     names = pruner or ["none", "dcp", "random"]
     budgets = num_tokens or [DEFAULT_NUM_TOKENS]
-    seeds = HELD_OUT if seed_range is None else _seed_range(seed_range)
+    seeds = HELD_OUT if seed_range is None else seed_range_of(seed_range)
     if limit < 1:
         raise InvalidInputError(f"--limit must be at least 1 question, got {limit}")
     check_outputs(json)
@@ -121,14 +122,3 @@ def eval_(
         console.print("\n\nAccuracy in per cent; in brackets the 95 % interval.", style="dim", highlight=False)
 
     report_result(result, json, show)
-
-
-def _seed_range(text: str) -> range:
-    first, colon, last = text.partition(":")
-    try:
-        seeds = range(int(first), int(last))
-    except ValueError:
-        seeds = range(0)
-    if not colon or not seeds:
-        raise InvalidInputError(f"--seed-range must be A:B with whole numbers A below B, got {text!r}")
-    return seeds

@@ -98,3 +98,22 @@ def token_relevance(cosines: Float[Tensor, "b n t"], word_weights: Float[Tensor,
     positive = cosines.clamp(min=0.0)
     peak = positive.amax(dim=1, keepdim=True).clamp(min=_TINY)
     return (positive / peak * word_weights.unsqueeze(1)).amax(dim=2)
+
+
+def question_relevance(
+    features: Float[Tensor, "b n d"],
+    text: Float[Tensor, "b t d"],
+    *,
+    mask: Bool[Tensor, "b n"] | None = None,
+    text_mask: Bool[Tensor, "b t"] | None = None,
+    power: float = 3.0,
+    margin: float = -1.5,
+    span: float = 4.0,
+) -> Float[Tensor, "b n"]:
+    """How much each token matters to the question, in [0, 1]: relevance ** power, words gated by their confidence.
+
+    What `DCPPruner` weighs tokens with by default. Arguments as in `word_confidence`. `b n`.
+    """
+    cosines = word_similarity(features, text, mask=mask, text_mask=text_mask)
+    words = word_confidence(cosines, mask=mask, text_mask=text_mask, margin=margin, span=span)
+    return token_relevance(cosines, words) ** power

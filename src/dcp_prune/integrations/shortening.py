@@ -263,7 +263,7 @@ def shorten(
         coded = images.encode(pruner, watch.lap)
         watch.lap("encode")
         tokens = coded.tokens
-        if Signal.TEXT in pruner.requires | pruner.optional:
+        if Signal.TEXT in pruner.requires | pruner.optional and tokens.text is None:
             words = _question(model, ids, mask, adapter.image_token_id, processor, text)
             tokens = replace(tokens, **_embed(model, words, rows, tokens.features.device))
         pruned = pruner(tokens)
@@ -360,6 +360,24 @@ def _embed(
     order = torch.argsort(words.int(), dim=1, stable=True, descending=True)[:, :longest]
     text = model.get_input_embeddings()(ids.gather(1, order))
     return {"text": text.to(device), "text_mask": words.gather(1, order).to(device)}
+
+
+def embed_question(
+    model: Any, processor: Any, texts: Sequence[str]
+) -> tuple[Float[Tensor, "q t d"] | None, Bool[Tensor, "q t"] | None]:
+    """`VisualTokens.text` and `text_mask` for these questions, one a row; None if none of them holds a word.
+
+    Hand them on in `EncodedImages.tokens` to let a pruner read something else than the prompt's question.
+    """
+    ids = torch.zeros(len(texts), 0, dtype=torch.long, device=model.device)
+    words = _question(model, ids, None, -1, processor, texts)
+    made = _embed(model, words, torch.arange(len(texts), device=model.device), model.device)
+    return made["text"], made["text_mask"]
+
+
+def image_features_as_inputs(model: Any, features: Float[Tensor, "i k d"]) -> dict[str, Any]:
+    """Model inputs that stand in for images whose prompts hold exactly k placeholders each; built anew every time."""
+    return get_adapter(model).hand_over(features)
 
 
 def _shorten_tensors(

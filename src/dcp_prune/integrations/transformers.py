@@ -20,7 +20,15 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.generation import for_short_prompt
-from dcp_prune.integrations.shortening import CachedPrompt, PruneRecord, ShortInputs, encode, shorten
+from dcp_prune.integrations.shortening import (
+    CachedPrompt,
+    PruneRecord,
+    ShortInputs,
+    embed_question,
+    encode,
+    image_features_as_inputs,
+    shorten,
+)
 from dcp_prune.models import EncodedImages, get_adapter, supported_architectures
 from dcp_prune.pruners.base import Pruner
 
@@ -29,8 +37,10 @@ __all__ = [
     "PruneHandle",
     "PruneRecord",
     "ShortInputs",
+    "embed_question",
     "encode_images",
     "get_handle",
+    "image_features_as_inputs",
     "prune",
     "prune_inputs",
     "supported_architectures",
@@ -79,7 +89,8 @@ def prune_inputs(
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
         text: the question of each row, for text-aware pruners, instead of the words behind the last image; needs
             `processor`.
-        encoded: images from `encode_images`, one per image of the prompt; `pixel_values` are then not needed.
+        encoded: images from `encode_images`, one per image of the prompt; `pixel_values` are then not needed. If its
+            tokens carry a `text`, text-aware pruners read that.
 
     Raises:
         InvalidInputError: images and placeholders do not match, NaN or inf features, inputs that cannot be shortened.

@@ -1,0 +1,103 @@
+"""`sweep`: pruners times budgets times questions, with a record of every answer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from dcp_prune.cli.common import (
+    DEFAULT_NUM_TOKENS,
+    Whole,
+    app,
+    progress_bar,
+    seed_range_of,
+    whole_number,
+)
+from dcp_prune.errors import InvalidInputError
+
+
+@app.command
+def sweep(
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the records; a sweep that was stopped there goes on.")],
+    pruner: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="",
+            help="A pruner as name or name(field=value, ...), with @none, @wrong or @noise=SHARE behind it if it is "
+            "not to read the question; none for all tokens; say it several times; if not at all: none, dcp, random.",
+        ),
+    ] = None,
+    num_tokens: Annotated[
+        list[int] | None,
+        Parameter(
+            converter=lambda type_, tokens: [whole_number(type_, [token]) for token in tokens],
+            allow_leading_hyphen=True,
+            negative="",
+            help="Visual tokens to keep; several times for several budgets; 0 is no image; if not said: 16.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, Whole, Parameter(help="How many questions; if not said: 1000 of the testbed.")] = None,
+    task: Annotated[
+        list[str] | None, Parameter(negative="", help="Only questions of this task; several times.")
+    ] = None,
+    checkpoint: Annotated[
+        str, Parameter(help="Testbed: weak, aligned, or the folder of a model trained on it.")
+    ] = "weak",
+    difficulty: Annotated[
+        Literal["standard", "crowded"], Parameter(help="Testbed: 4 to 7 objects in an image, or 9 to 13.")
+    ] = "standard",
+    seed_range: Annotated[
+        str | None, Parameter(help="Testbed: scenes from seed A up to B, as A:B; if not said: all held-out seeds.")
+    ] = None,
+    distances: Annotated[
+        bool, Parameter(negative="", help="Record every distance beside kappa; takes several times as long.")
+    ] = False,
+    distance: Annotated[
+        list[str] | None, Parameter(negative="", help="Record this distance beside kappa; several times.")
+    ] = None,
+    processes: Annotated[
+        int | None, Whole, Parameter(help="Processes that work at once; if not said: one per core.")
+    ] = None,
+    ray: Annotated[bool, Parameter(negative="", help="Work on a Ray cluster (RAY_ADDRESS, or this machine).")] = False,
+    compact: Annotated[bool, Parameter(negative="", help="Put all records into one file at the end.")] = False,
+) -> None:
+    """Measure pruners at several budgets on many questions, and keep a record of every answer.
+
+    Everybody answers the same questions in the same order. The sweep may be stopped at any moment, also by `kill -9`:
+    the same command goes on where it was, and one with more pruners or budgets measures only what is missing.
+    `dcp-prune report` draws tables and figures from the records.
+    """
+    from dcp_prune.testbed.seeds import HELD_OUT
+
+    seeds = HELD_OUT if seed_range is None else seed_range_of(seed_range)
+    if limit is not None and limit < 1:
+        raise InvalidInputError(f"--limit must be at least 1 question, got {limit}")
+    if processes is not None and processes < 1:
+        raise InvalidInputError(f"--processes must be at least 1, got {processes}")
+
+    from dcp_prune.eval import records  # noqa: F401  # says what to install, where the extra is missing
+    from dcp_prune.eval.distances import DISTANCE_NAMES
+    from dcp_prune.eval.methods import plan
+    from dcp_prune.eval.sources import TestbedSource
+    from dcp_prune.eval.sweep import sweep as run_sweep
+    from dcp_prune.eval.testbed import TestbedQuestions
+
+    methods = plan(pruner or ["none", "dcp", "random"], num_tokens or [DEFAULT_NUM_TOKENS])
+    source = TestbedSource(checkpoint, TestbedQuestions(seeds, difficulty, limit or 1000, tuple(task or ())))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with progress_bar("Loading the model") as advance:
+        swept = run_sweep(
+            source,
+            methods,
+            output,
+            distances=DISTANCE_NAMES if distances else distance or (),
+            processes=processes or (0 if ray else cores),
+            backend="ray" if ray else "processes",
+            compact=compact,
+            progress=advance,
+        )
+    print(f"{swept.answers:,} answers in {swept.folder}, {swept.new:,} of them new.")  # noqa: T201

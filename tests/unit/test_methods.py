@@ -1,0 +1,70 @@
+"""Specs are read as they are written, and what they cannot mean is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dcp_prune.errors import InvalidInputError, UnknownPrunerError
+from dcp_prune.eval.methods import TextCondition, parse_spec, plan
+
+
+def test_a_spec_names_a_pruner_its_options_and_what_it_reads() -> None:
+    spec = parse_spec(' dcp(text_weight=0, threshold=inf, schedule=((0.5, 0.5),), centres="k_center")@noise=0.5 ')
+    assert spec.pruner == "dcp"
+    assert spec.options == {
+        "text_weight": 0,
+        "threshold": math.inf,
+        "schedule": ((0.5, 0.5),),
+        "centres": "k_center",
+    }
+    assert spec.text == TextCondition("noise", 0.5)
+    assert str(spec.text) == "noise=0.5"
+    assert spec.label == 'dcp(text_weight=0, threshold=inf, schedule=((0.5, 0.5),), centres="k_center")@noise=0.5'
+    method = spec.at(16)
+    assert (method.name, method.registered, method.num_tokens) == (spec.label, "dcp", 16)
+    assert method.options["threshold"] == "inf"  # JSON has no inf
+
+
+def test_a_bare_name_is_a_spec() -> None:
+    spec = parse_spec("mmtok")
+    assert (spec.pruner, spec.options, str(spec.text)) == ("mmtok", {}, "question")
+    assert parse_spec("mmtok@wrong").text.kind == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("dcp(text_weight=)", "cannot be read"),
+        ("dcp(0.5)", "cannot be read"),
+        ("dcp(**{})", "cannot be read"),
+        ("dcp(text_weight=open('x'))", "cannot be read"),
+        ("dcp(text_weight=0", "no pruner is named"),
+        ("dcp@loud", "no condition @loud"),
+        ("dcp@noise", "no condition @noise"),
+        ("dcp@noise=2", "from 0 to 1"),
+        ("dcp@noise=nan", "from 0 to 1"),
+        ("dcp(num_tokens=4)", "sets num_tokens"),
+        ("none@wrong", "selects nothing"),
+        ("none(a=1)", "no pruner is named|selects nothing"),
+    ],
+)
+def test_what_is_no_spec_is_refused_in_one_sentence(text: str, complaint: str) -> None:
+    with pytest.raises((InvalidInputError, UnknownPrunerError), match=complaint):
+        parse_spec(text)
+
+
+def test_a_condition_on_a_text_that_nobody_reads_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="random does not read the question"):
+        plan(["random@wrong"], [16])
+
+
+def test_options_that_the_pruner_lacks_are_refused_before_any_work() -> None:
+    with pytest.raises(InvalidInputError, match="no option 'depth'"):
+        plan(["random(depth=3)"], [16])
+
+
+def test_two_settings_of_one_pruner_take_part_side_by_side() -> None:
+    methods = plan(["dcp", "dcp(text_weight=0)", "dcp@none", "dcp"], [16])
+    assert [method.name for method in methods] == ["dcp", "dcp(text_weight=0)", "dcp@none"]
