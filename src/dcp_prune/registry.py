@@ -27,6 +27,7 @@ _TARGETS: dict[str, str | type[Pruner]] = {
     "mmtok": "dcp_prune.pruners.mmtok:MMTokPruner",
     "visionzip": "dcp_prune.pruners.visionzip:VisionZipPruner",
     "holov": "dcp_prune.pruners.holov:HoloVPruner",
+    "flowcut": "dcp_prune.pruners.flowcut:FlowCutPruner",
     "prunesid": "dcp_prune.pruners.prunesid:PruneSIDPruner",
     "vispruner": "dcp_prune.pruners.vispruner:VisPruner",
     "otprune": "dcp_prune.pruners.otprune:OTPrunePruner",

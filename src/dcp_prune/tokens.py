@@ -20,6 +20,10 @@ class Signal(StrEnum):
     """Attention that [CLS] pays to each token at the feature layer (`EncoderTokens.cls_attention`)."""
     KEYS = "encoder.keys"
     """Attention keys of the feature layer, averaged over heads (`EncoderTokens.keys`)."""
+    VALUES = "encoder.values"
+    """Attention values of the feature layer, averaged over heads (`EncoderTokens.values`)."""
+    CLS_VALUE_AFFINITY = "encoder.cls_value_affinity"
+    """How alike the values of [CLS] and of each token are at the feature layer (`EncoderTokens.cls_value_affinity`)."""
     TEXT = "text"
     """Embeddings of the question's words in the language model's space (`VisualTokens.text`)."""
     CLIP_SIMILARITY = "clip_similarity"
@@ -37,6 +41,13 @@ class EncoderTokens:
         cls_attention: attention that [CLS] pays to each token, averaged over heads; sums to less than 1 since
             the [CLS]-to-[CLS] share is left out. `b n`, or None if nobody asked for it.
         keys: attention keys averaged over heads. `b n c`, or None if nobody asked for them.
+        values: attention values averaged over heads; their norm tells how much a token has to pass on. `b n c`, or
+            None if nobody asked for them.
+        cls_value_affinity: softmax over all tokens of the inner products of their values with that of [CLS], averaged
+            over heads, without the share of [CLS] itself. `b n`, or None if nobody asked for it.
+        mask: False marks padding, where an earlier stage kept more tokens of other images; padding has no attention.
+            `b n`, or None if there is none.
+        state: what the stage before this one handed on; empty for the first.
     """
 
     features: Float[Tensor, "b n v"]
@@ -44,6 +55,10 @@ class EncoderTokens:
     indices: Int[Tensor, "b n"]
     cls_attention: Float[Tensor, "b n"] | None = None
     keys: Float[Tensor, "b n c"] | None = None
+    values: Float[Tensor, "b n c"] | None = None
+    cls_value_affinity: Float[Tensor, "b n"] | None = None
+    mask: Bool[Tensor, "b n"] | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,12 +70,17 @@ class EncoderReduction:
         kept: ascending positions of the kept tokens among the stage's n inputs. `b m`.
         assignment: for each of the n inputs the slot in 0..m-1 that absorbed it, -1 if it was dropped. `b n`.
         stats: numbers for the per-call record, e.g. run-time kappa `b`.
+        mask: False marks padding, in rows that keep fewer than m tokens; later layers do not attend to it. `b m`, or
+            None if every row keeps m.
+        state: what the next stage shall see as `EncoderTokens.state`, such as a score per kept token, `b m`.
     """
 
     features: Float[Tensor, "b m v"]
     kept: Int[Tensor, "b m"]
     assignment: Int[Tensor, "b n"]
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Bool[Tensor, "b m"] | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,8 @@ class VisualTokens:
         cls_attention: Float[Tensor, "b n"] | None = None,
         encoder_features: Float[Tensor, "b n v"] | None = None,
         keys: Float[Tensor, "b n c"] | None = None,
+        values: Float[Tensor, "b n c"] | None = None,
+        cls_value_affinity: Float[Tensor, "b n"] | None = None,
         text: Float[Tensor, "b t d"] | None = None,
         text_mask: Bool[Tensor, "b t"] | None = None,
         clip_similarity: Float[Tensor, "b n"] | None = None,
@@ -115,7 +137,8 @@ class VisualTokens:
             features: `b n d`.
             grid: (rows, cols) of the image in patches; default: the square of n tokens, or one row if n is no square.
             mask: False marks padding; default: no padding.
-            cls_attention, encoder_features, keys: signals of the encoder, where the pruner requires them.
+            cls_attention, encoder_features, keys, values, cls_value_affinity: signals of the encoder, where the pruner
+                requires them.
             text, text_mask: the question's word embeddings and their padding mask.
             clip_similarity: cosines to the question in CLIP's joint space, where the pruner requires them.
 
@@ -132,7 +155,7 @@ class VisualTokens:
         order = torch.arange(n, device=features.device)
         indices = order.expand(b, n)
         positions = torch.stack((order // cols, order % cols), dim=-1).to(torch.float32).expand(b, n, 2)
-        has_encoder = cls_attention is not None or encoder_features is not None or keys is not None
+        signals = (encoder_features, cls_attention, keys, values, cls_value_affinity)
         encoder = (
             EncoderTokens(
                 features=features if encoder_features is None else encoder_features,
@@ -140,8 +163,10 @@ class VisualTokens:
                 indices=indices,
                 cls_attention=cls_attention,
                 keys=keys,
+                values=values,
+                cls_value_affinity=cls_value_affinity,
             )
-            if has_encoder
+            if any(signal is not None for signal in signals)
             else None
         )
         if text is not None and text_mask is None:

@@ -102,6 +102,55 @@ def make_inputs(shape_name: str, seed: int) -> Inputs:
     return Inputs(**stacked, text_embed=text.astype(np.float32))
 
 
+@dataclass(frozen=True)
+class MiniEncoder:
+    """Random weights of a small pre-norm CLIP encoder, and what enters its first layer.
+
+    Attributes:
+        layers: for each layer its arrays `ln1_w`, `ln1_b`, `q_w`, ..., `fc2_b`, weights as out x in.
+        tokens: behind the first norm, [CLS] first, 1 x (n + 1) x width.
+    """
+
+    layers: list[dict[str, Array]]
+    tokens: Array
+
+
+def make_mini_encoder(seed: int, layers: int, width: int, mlp: int, n: int) -> MiniEncoder:
+    """Patches in ten runs that look alike, and weights at which attention is neither even nor concentrated."""
+    draw = np.random.default_rng(seed)
+    scale = width**-0.5
+
+    def norm() -> tuple[Array, Array]:
+        return 1 + 0.1 * draw.normal(size=width), 0.05 * draw.normal(size=width)
+
+    def linear(gain: float, bias: float, out: int = width, into: int = width) -> tuple[Array, Array]:
+        return gain * draw.normal(size=(out, into)), bias * draw.normal(size=out)
+
+    made = []
+    for _ in range(layers):
+        layer = {
+            "ln1": norm(),
+            "q": linear(2.0 * scale, 0.05),
+            "k": linear(2.0 * scale, 0.05),
+            "v": linear(scale, 0.02),
+            "o": linear(0.5 * scale, 0.02),
+            "ln2": norm(),
+            "fc1": linear(scale, 0.02, mlp),
+            "fc2": linear(0.5 * mlp**-0.5, 0.02, width, mlp),
+        }
+        made.append(
+            {
+                f"{name}_{kind}": value.astype(np.float32)
+                for name, pair in layer.items()
+                for kind, value in zip("wb", pair, strict=True)
+            }
+        )
+    centres = draw.normal(size=(10, width))
+    run = np.sort(draw.integers(0, 10, size=n))
+    tokens = np.concatenate([draw.normal(size=(1, width)), centres[run] + 0.6 * draw.normal(size=(n, width))])
+    return MiniEncoder(made, tokens[None].astype(np.float32))
+
+
 def make_words(seed: int, inputs: Inputs, count: int) -> Array:
     """Word embeddings in the projector's space that each lean towards some patch, count x width."""
     draw = np.random.default_rng(seed + 10**6)

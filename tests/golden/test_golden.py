@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_inputs import Inputs, make_inputs, make_words, sha256
+from golden_inputs import Inputs, MiniEncoder, make_inputs, make_mini_encoder, make_words, sha256
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from dcp_prune import VisualTokens
 from dcp_prune.functional.similarity import cosine_similarity
+from dcp_prune.integrations.shortening import encode
+from dcp_prune.models.llava import LlavaAdapter
 from dcp_prune.pruners.cdpruner import CDPruner
 from dcp_prune.pruners.divprune import DivPrunePruner
+from dcp_prune.pruners.flowcut import FlowCutPruner
 from dcp_prune.pruners.holov import HoloVPruner
 from dcp_prune.pruners.mmtok import MMTokPruner
 from dcp_prune.pruners.otprune import OTPrunePruner
@@ -31,7 +35,6 @@ from dcp_prune.pruners.vispruner import VisPruner
 Golden = Mapping[str, Any]
 NOT_COVERED = {
     "dart": "DART prunes inside the language model's layers, which is out of scope (docs/architecture.md)",
-    "flowcut": "FlowCut drops as many tokens per layer as the data say, and encoder stages keep a fixed number",
 }
 
 
@@ -165,6 +168,65 @@ def check_vispruner(golden: Golden, inputs: Inputs) -> None:
     assert compared
 
 
+def check_flowcut(golden: Golden, inputs: None) -> None:
+    arguments = {name: int(golden[f"arg_{name}"]) for name in ("layers", "d", "heads", "mlp", "n")}
+    encoder = make_mini_encoder(
+        int(golden["seed"]), arguments["layers"], arguments["d"], arguments["mlp"], arguments["n"]
+    )
+    assert sha256(encoder.tokens) == str(golden["sha256_x"]), "the tokens differ from those behind the file"
+    adapter, pixels = llava_around(encoder, arguments["heads"])
+    for k, tag, expected in settings(golden):
+        pruner = FlowCutPruner(num_tokens=k)
+        with torch.no_grad():
+            encoded = encode(adapter, pixels, (pruner,))
+            assert encoded.tokens.encoder is not None
+            pruned = pruner(encoded.tokens)
+        # The file counts what enters each layer and what leaves the last one, which is behind the feature layer.
+        counts = [arguments["n"]]
+        for stage, stats in zip(encoded.stages, encoded.stage_stats, strict=True):
+            counts.append(int(stats["num_tokens"]) if "num_tokens" in stats else counts[stage.layer])
+        assert [*counts, k, k] == expected["counts_per_hidden_state"].tolist(), tag
+        assert_same(pruned.indices, expected, tag)
+        features = encoded.tokens.encoder.features
+        np.testing.assert_allclose(features.numpy(), expected["output_hidden"], rtol=0, atol=2e-3, err_msg=tag)
+
+
+def llava_around(encoder: MiniEncoder, heads: int) -> tuple[LlavaAdapter, torch.Tensor]:
+    """The adapter of a LLaVA whose vision tower has these layers, and pixels for which they get these tokens."""
+    _, tokens, width = encoder.tokens.shape
+    mlp, side = len(encoder.layers[0]["fc1_w"]), round((tokens - 1) ** 0.5)
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=len(encoder.layers),
+        num_attention_heads=heads,
+        image_size=side,
+        patch_size=1,
+    )
+    language = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=language, image_token_index=7)
+    ).eval()
+    names = {
+        "ln1": "layer_norm1",
+        "ln2": "layer_norm2",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+        **{short: f"self_attn.{full}_proj" for short, full in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))},
+    }
+    tower: Any = model.model.vision_tower
+    for layer, arrays in zip(tower.encoder.layers, encoder.layers, strict=True):
+        layer.load_state_dict(
+            {
+                f"{name}.{kind}": torch.from_numpy(arrays[f"{short}_{kind[0]}"])
+                for short, name in names.items()
+                for kind in ("weight", "bias")
+            }
+        )
+    tower.pre_layrnorm.register_forward_hook(lambda *_: torch.from_numpy(encoder.tokens))
+    return LlavaAdapter(model), torch.zeros(1, 3, side, side)
+
+
 CHECKS: dict[str, Callable[[Golden, Inputs], None]] = {
     name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
 }
@@ -181,6 +243,9 @@ def test_the_authors_code_and_ours_keep_the_same_tokens(golden_file: Path) -> No
         made = make_inputs(shape, int(seed.removeprefix("s")))
         for field in fields(made):
             np.testing.assert_allclose(getattr(made, field.name), golden[field.name], rtol=1e-6)
+        return
+    if method == "flowcut":
+        check_flowcut(golden, None)
         return
     inputs = make_inputs(str(golden["shape_name"]), int(golden["seed"]))
     for name, value in golden.items():

@@ -11,6 +11,7 @@ from dcp_prune.registry import make_pruner
 
 PRUNERS: dict[str, dict[str, Any]] = {
     "dcp": {},  # with stages inside the encoder, and the question
+    "flowcut": {},  # with a stage at every layer, each of which remembers the one before
     "cls_attention": {},  # with a signal of the encoder
     "random": {},  # with nothing at all
 }

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcp_prune.errors import InvalidInputError
+from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.models import ModelAdapter, get_adapter
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal
 
 SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.KEYS, Signal.ENCODER_FEATURES})
+VALUE_SIGNALS = frozenset({Signal.VALUES, Signal.CLS_VALUE_AFFINITY})
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,36 @@ class KeepMostAttended:
         return EncoderReduction(features, kept, assignment, {"number": torch.tensor(float(self.layer))})
 
 
+@dataclass(frozen=True)
+class KeepUneven:
+    """A stage that keeps fewer tokens of one image than of another, and counts the stages before it."""
+
+    layer: int
+    fewer: int
+    more: int
+    num_tokens: int | None = None
+    requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION}) | VALUE_SIGNALS
+    seen: ClassVar[list[EncoderTokens]] = []
+
+    def reduce(self, tokens: EncoderTokens) -> EncoderReduction:
+        self.seen.append(tokens)
+        assert tokens.cls_attention is not None
+        b, n = tokens.indices.shape
+        # A property of the image alone decides, as it must: where its most attended token lies.
+        most = tokens.indices.gather(1, tokens.cls_attention.argmax(dim=1, keepdim=True))
+        counts = torch.where(most % 2 == 0, self.fewer, self.more)
+        kept, rank = tokens.cls_attention.argsort(dim=1, descending=True)[:, : int(counts.max())].sort(dim=1)
+        real = rank < counts
+        slots = torch.arange(kept.shape[1]).expand_as(kept).masked_fill(~real, -1)
+        return EncoderReduction(
+            tokens.features.gather(1, kept.unsqueeze(-1).expand(-1, -1, tokens.features.shape[-1])),
+            kept,
+            torch.full((b, n), -1).scatter(1, kept, slots),
+            mask=None if real.all() else real,
+            state={"stages": tokens.state.get("stages", torch.zeros(())) + 1},
+        )
+
+
 @pytest.fixture
 def pixels(make_inputs: Callable[..., dict[str, Any]]) -> Tensor:
     return make_inputs("<image> <image> what")["pixel_values"]
@@ -44,6 +75,7 @@ def pixels(make_inputs: Callable[..., dict[str, Any]]) -> Tensor:
 @pytest.fixture
 def adapter(pristine_model: Any) -> ModelAdapter:
     KeepMostAttended.seen.clear()
+    KeepUneven.seen.clear()
     return get_adapter(pristine_model)
 
 
@@ -105,6 +137,34 @@ def test_the_folded_row_equals_the_row_from_keys(model: Any, pixels: Tensor) -> 
     assert folded is not None
     assert called is not None
     torch.testing.assert_close(folded.cls_attention, called.cls_attention)
+
+
+def test_values_are_averaged_over_heads_and_compared_with_that_of_cls(model: Any, pixels: Tensor) -> None:
+    caught: list[Tensor] = []
+    model.model.vision_tower.encoder.layers[2].self_attn.v_proj.register_forward_hook(lambda *a: caught.append(a[2]))
+    model.get_image_features(pixels)
+    values = caught[0].view(2, 37, 4, 16)
+    encoder = get_adapter(model).encode(pixels, signals=VALUE_SIGNALS).tokens.encoder
+    assert encoder is not None
+    assert encoder.values is not None
+    assert encoder.cls_value_affinity is not None
+    torch.testing.assert_close(encoder.values, values.mean(dim=2)[:, 1:])
+    products = torch.einsum("bhc,bshc->bhs", values[:, 0], values)
+    torch.testing.assert_close(encoder.cls_value_affinity, products.softmax(dim=2).mean(dim=1)[:, 1:])
+
+
+def test_values_of_a_layer_whose_weight_cannot_be_read_are_the_same(model: Any, pixels: Tensor) -> None:
+    class Quantised(nn.Linear):
+        """Stands for a layer whose weight must not be read."""
+
+    folded = get_adapter(model).encode(pixels, signals=VALUE_SIGNALS).tokens.encoder
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn.v_proj.__class__ = Quantised
+    called = get_adapter(model).encode(pixels, signals=VALUE_SIGNALS).tokens.encoder
+    assert folded is not None
+    assert called is not None
+    torch.testing.assert_close(folded.values, called.values)
+    torch.testing.assert_close(folded.cls_value_affinity, called.cls_value_affinity)
 
 
 def test_nothing_is_captured_that_nobody_asked_for(model: Any, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +232,71 @@ def test_selecting_images_equals_encoding_them_alone(adapter: ModelAdapter, pixe
     assert alone.encoder is not None
     torch.testing.assert_close(both.encoder.cls_attention[1:2], alone.encoder.cls_attention)  # type: ignore[index]
     assert torch.equal(both.indices[:1], alone.indices)
+
+
+UNEVEN = [KeepUneven(0, 20, 30), KeepUneven(1, 6, 9)]
+
+
+@pytest.fixture
+def uneven_pixels(make_inputs: Callable[..., dict[str, Any]]) -> Tensor:
+    return make_inputs("<image> <image> <image> <image> what")["pixel_values"]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_images_that_keep_different_numbers_equal_images_alone(
+    model: Any, uneven_pixels: Tensor, implementation: str
+) -> None:
+    model.set_attn_implementation(implementation)
+    adapter = get_adapter(model)
+    together = adapter.encode(uneven_pixels, UNEVEN, SIGNALS).tokens
+    assert not together.mask.all(), "this test needs images that differ"
+    assert together.encoder is not None
+    for row in range(4):
+        alone = adapter.encode(uneven_pixels[row : row + 1], UNEVEN, SIGNALS).tokens
+        real = together.mask[row]
+        assert alone.mask.all(), "one image has no padding"
+        assert torch.equal(together.indices[row][real], alone.indices[0])
+        torch.testing.assert_close(together.features[row][real], alone.features[0], rtol=1e-4, atol=1e-4)
+        assert alone.encoder is not None
+        for name in ("cls_attention", "keys"):
+            ours, theirs = getattr(together.encoder, name)[row][real], getattr(alone.encoder, name)[0]
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        slots = together.assignment[row][together.indices[row][real]]
+        assert torch.equal(slots, real.nonzero().flatten())
+        assert int((together.assignment[row] >= 0).sum()) == int(real.sum())
+
+
+def test_a_stage_sees_the_state_of_the_one_before_and_padding_without_attention(
+    adapter: ModelAdapter, uneven_pixels: Tensor
+) -> None:
+    encoded = adapter.encode(uneven_pixels, UNEVEN)
+    first, second = KeepUneven.seen
+    assert dict(first.state) == {}
+    assert second.state["stages"].item() == 1
+    assert first.mask is None
+    assert second.mask is not None
+    assert second.cls_attention is not None
+    assert second.cls_value_affinity is not None
+    assert not second.cls_attention[~second.mask].any()
+    assert not second.cls_value_affinity[~second.mask].any()
+    assert encoded.stage_tokens == (30, encoded.tokens.features.shape[1])
+
+
+def test_stages_that_keep_a_fixed_number_never_see_a_mask(model: Any, pixels: Tensor) -> None:
+    masks: list[Any] = []
+    tower: Any = model.model.vision_tower
+    for layer in tower.encoder.layers:
+        layer.register_forward_pre_hook(lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+    encoded = get_adapter(model).encode(pixels, [KeepMostAttended(0, 20), KeepMostAttended(1, 5)])
+    assert masks == [None] * 3
+    assert encoded.stage_tokens == (20, 5)
+
+
+def test_an_attention_without_padding_masks_is_refused_where_images_differ(
+    model: Any, uneven_pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcp_prune.models.llava.create_bidirectional_mask", lambda **_: None)
+    adapter = get_adapter(model)
+    with pytest.raises(UnsupportedModelError, match=r"'sdpa' takes no padding mask.* encode them one by one"):
+        adapter.encode(uneven_pixels, UNEVEN)
+    adapter.encode(uneven_pixels[:1], UNEVEN)

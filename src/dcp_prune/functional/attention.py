@@ -6,7 +6,7 @@ All of it in float32 whatever the dtype of the inputs, since the ranking of 576 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -16,6 +16,7 @@ def cls_attention_row(
     *,
     scale: float | None = None,
     num_prefix_tokens: int = 1,
+    mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b n"]:
     """Attention that [CLS] pays to each visual token, averaged over heads: one row of softmax(q K^T), O(n v).
 
@@ -24,12 +25,13 @@ def cls_attention_row(
         keys: of all s = num_prefix_tokens + n tokens, [CLS] (and registers) first. `b s h c`.
         scale: of the logits; default 1 / sqrt(c).
         num_prefix_tokens: leading keys that share in the softmax but are not returned.
+        mask: False marks padding, which gets 0. `b n`.
 
     Returns:
         The row without its prefix, not renormalised: it sums to less than 1, as in full attention. `b n`.
     """
     logits = torch.einsum("bhc,bshc->bhs", query.float(), keys.float())
-    return _mean_row(logits, query.shape[-1] ** -0.5 if scale is None else scale, num_prefix_tokens)
+    return _mean_row(logits, query.shape[-1] ** -0.5 if scale is None else scale, num_prefix_tokens, mask)
 
 
 def folded_cls_attention_row(
@@ -39,6 +41,7 @@ def folded_cls_attention_row(
     *,
     scale: float | None = None,
     num_prefix_tokens: int = 1,
+    mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b n"]:
     """`cls_attention_row` without computing any key: K q = x (W_k^T q), h vectors instead of s x v keys.
 
@@ -50,11 +53,12 @@ def folded_cls_attention_row(
         key_weight: weight of the key projection, w = h * c rows. `w v`.
         scale: of the logits; default 1 / sqrt(c).
         num_prefix_tokens: leading tokens that share in the softmax but are not returned.
+        mask: False marks padding, which gets 0. `b n`.
     """
     _, heads, c = query.shape
     folded = torch.einsum("bhc,hcv->bhv", query.float(), key_weight.float().unflatten(0, (heads, c)))
     logits = folded @ hidden.float().mT
-    return _mean_row(logits, c**-0.5 if scale is None else scale, num_prefix_tokens)
+    return _mean_row(logits, c**-0.5 if scale is None else scale, num_prefix_tokens, mask)
 
 
 def received_attention(
@@ -77,5 +81,9 @@ def received_attention(
     return total / n
 
 
-def _mean_row(logits: Float[Tensor, "b h s"], scale: float, num_prefix_tokens: int) -> Float[Tensor, "b n"]:
+def _mean_row(
+    logits: Float[Tensor, "b h s"], scale: float, num_prefix_tokens: int, mask: Bool[Tensor, "b n"] | None
+) -> Float[Tensor, "b n"]:
+    if mask is not None:
+        logits[..., num_prefix_tokens:].masked_fill_(~mask.unsqueeze(1), -torch.inf)
     return (logits * scale).softmax(dim=-1).mean(dim=1)[:, num_prefix_tokens:]

@@ -27,7 +27,7 @@ class Reduction(Protocol):
     @property
     def layer(self) -> int: ...
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int | None: ...
 
     requires: ClassVar[frozenset[Signal]]
 
@@ -42,11 +42,13 @@ class EncodedImages:
         tokens: the visual tokens, one row per image, without a question.
         stages: the in-encoder reductions that were applied.
         stage_stats: what each stage reported, in the same order.
+        stage_tokens: tokens per image that the layers behind each stage computed, padding included, in the same order.
     """
 
     tokens: VisualTokens
     stages: tuple[Reduction, ...] = ()
     stage_stats: tuple[Mapping[str, Tensor], ...] = ()
+    stage_tokens: tuple[int, ...] = ()
 
     def select(self, images: Sequence[int] | Int[Tensor, " i"]) -> EncodedImages:
         """The images at these positions, in this order; repeat a position to ask several questions about one image."""

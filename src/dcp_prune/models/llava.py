@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dcp_prune.errors import UnsupportedModelError
@@ -27,7 +29,9 @@ class LlavaAdapter(ModelAdapter):
 
     architecture = "LlavaForConditionalGeneration"
     prunes_in_encoder = True
-    signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS})
+    signals = frozenset(
+        {Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES, Signal.CLS_VALUE_AFFINITY}
+    )
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 
     def __init__(self, model: Any) -> None:
@@ -86,50 +90,77 @@ class LlavaAdapter(ModelAdapter):
         rows, cols = self.grid(pixel_values)
         blank = VisualTokens.from_features(hidden[:, 1:], grid=(rows, cols))
         positions, indices, assignment = blank.positions, blank.indices, blank.assignment
-        captured, stats = {}, []
+        mask = attention_mask = None  # of padding, where a stage keeps different numbers of tokens of different images
+        state: Mapping[str, Tensor] = {}
+        captured: dict[str, Any] = {}
+        stats: list[Mapping[str, Tensor]] = []
+        widths: list[int] = []
         for number in range(self.num_layers):
             layer = self.tower.encoder.layers[number]
             stage = plan.get(number)
             wanted = signals if stage is None else stage.requires
             if stage is not None or number == self.num_layers - 1:
                 lap("encode")
-                captured = _capture(layer, hidden, wanted)
+                captured = _capture(layer, hidden, wanted, mask)
                 lap("select")
-            hidden = layer(hidden, attention_mask=None)
+            hidden = layer(hidden, attention_mask=attention_mask)
             if stage is not None:
                 lap("encode")
                 # Layers may live on several devices.
                 positions, indices, assignment = (each.to(hidden.device) for each in (positions, indices, assignment))
-                done = stage.reduce(EncoderTokens(hidden[:, 1:], positions, indices, **captured))
+                mask = None if mask is None else mask.to(hidden.device)
+                state = {name: value.to(hidden.device) for name, value in state.items()}
+                done = stage.reduce(
+                    EncoderTokens(hidden[:, 1:], positions, indices, mask=mask, state=state, **captured)
+                )
                 hidden = torch.cat((hidden[:, :1], done.features.to(hidden.dtype)), dim=1)
                 positions = positions.gather(1, done.kept.unsqueeze(-1).expand(-1, -1, 2))
                 indices = indices.gather(1, done.kept)
                 assignment = compose_assignments(assignment, done.assignment)
+                mask, state = done.mask, done.state
+                attention_mask = None if mask is None else self._attention_mask(hidden, mask)
                 stats.append(done.stats)
+                widths.append(indices.shape[1])
                 lap("select")
         features = self.model.model.multi_modal_projector(hidden[:, 1:])
         device = features.device
+        mask = None if mask is None else mask.to(device)
         positions, indices = positions.to(device), indices.to(device)
         captured = {name: value.to(device) for name, value in captured.items()}
         tokens = VisualTokens(
             features=features,
-            mask=torch.ones_like(indices, dtype=torch.bool),
+            mask=torch.ones_like(indices, dtype=torch.bool) if mask is None else mask,
             positions=positions,
             indices=indices,
             num_original=rows * cols,
             assignment=assignment.to(device),
-            encoder=EncoderTokens(hidden[:, 1:].to(device), positions, indices, **captured) if signals else None,
+            encoder=EncoderTokens(hidden[:, 1:].to(device), positions, indices, mask=mask, **captured)
+            if signals
+            else None,
         )
-        return EncodedImages(tokens, tuple(plan.values()), tuple(stats))
+        return EncodedImages(tokens, tuple(plan.values()), tuple(stats), tuple(widths))
+
+    def _attention_mask(self, hidden: Float[Tensor, "b m v"], mask: Bool[Tensor, "b n"]) -> Any:
+        """What keeps the tower's layers from attending to padding, in the form of its attention implementation."""
+        with_cls = functional.pad(mask, (1, 0), value=True)
+        found = create_bidirectional_mask(config=self.tower.config, inputs_embeds=hidden, attention_mask=with_cls)
+        if found is None and not with_cls.all():
+            raise UnsupportedModelError(
+                f"the attention implementation {self.tower.config._attn_implementation!r} takes no padding mask, which "
+                "images that keep different numbers of tokens need; encode them one by one, or use 'sdpa'"
+            )
+        return found
 
     def hand_over(self, features: Float[Tensor, "i k d"]) -> dict[str, Any]:
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))}}  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def _capture(layer: Any, hidden: Float[Tensor, "b m v"], wanted: AbstractSet[Signal]) -> dict[str, Tensor]:
-    """Signals of one layer from its own q and k, without [CLS] as a token, and without any attention map."""
-    if not wanted & {Signal.CLS_ATTENTION, Signal.KEYS}:
+def _capture(
+    layer: Any, hidden: Float[Tensor, "b m v"], wanted: AbstractSet[Signal], mask: Bool[Tensor, "b n"] | None
+) -> dict[str, Tensor]:
+    """Signals of one layer from its own q, k and v, without [CLS] as a token, and without any attention map."""
+    if not wanted - {Signal.ENCODER_FEATURES}:
         return {}
     attention, states = layer.self_attn, layer.layer_norm1(hidden)
     shape = (attention.num_heads, -1)
@@ -142,9 +173,40 @@ def _capture(layer: Any, hidden: Float[Tensor, "b m v"], wanted: AbstractSet[Sig
     if Signal.CLS_ATTENTION in wanted:
         query = attention.q_proj(states[:, 0]).unflatten(-1, shape)
         captured["cls_attention"] = (
-            folded_cls_attention_row(states, query, attention.k_proj.weight, scale=attention.scale)
+            folded_cls_attention_row(states, query, attention.k_proj.weight, scale=attention.scale, mask=mask)
             if keys is None
-            else cls_attention_row(query, keys, scale=attention.scale)
+            else cls_attention_row(query, keys, scale=attention.scale, mask=mask)
+        )
+    if wanted & {Signal.VALUES, Signal.CLS_VALUE_AFFINITY}:
+        captured |= _capture_values(attention.v_proj, states, shape, wanted, mask)
+    return captured
+
+
+def _capture_values(
+    v_proj: Any,
+    states: Float[Tensor, "b m v"],
+    shape: tuple[int, int],
+    wanted: AbstractSet[Signal],
+    mask: Bool[Tensor, "b n"] | None,
+) -> dict[str, Tensor]:
+    """Values averaged over heads, and their affinity to that of [CLS]; where the weight can be read, both are computed
+    without the values of all heads, which would be as large as the features."""
+    captured: dict[str, Tensor] = {}
+    values = None if _is_plain(v_proj) else v_proj(states).unflatten(-1, shape)
+    own = v_proj(states[:, 0]).unflatten(-1, shape) if values is None else values[:, 0]
+    if Signal.VALUES in wanted:
+        if values is None:
+            weight, bias = v_proj.weight.float(), v_proj.bias
+            bias = None if bias is None else bias.float().unflatten(0, shape).mean(dim=0)
+            captured["values"] = functional.linear(states[:, 1:].float(), weight.unflatten(0, shape).mean(dim=0), bias)
+        else:
+            captured["values"] = values[:, 1:].float().mean(dim=2)
+    if Signal.CLS_VALUE_AFFINITY in wanted:
+        # The attention row of the value of [CLS] to all values, unscaled.
+        captured["cls_value_affinity"] = (
+            folded_cls_attention_row(states, own, v_proj.weight, scale=1.0, mask=mask)
+            if values is None
+            else cls_attention_row(own, values, scale=1.0, mask=mask)
         )
     return captured
 

@@ -69,12 +69,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one pruner; times in milliseconds."""
+    """One run of one pruner; times in milliseconds, in-encoder stages as (layer, tokens that went on)."""
 
     ttft: float
     encoder: float
     selection: float | None
     cache_bytes: int
+    stages: tuple[tuple[int, int], ...] = ()
 
 
 def build_config(*, tiny: bool = False) -> LlavaConfig:
@@ -167,7 +168,9 @@ def measure(
 
 
 def _run(model: Any, inputs: Mapping[str, Any], pruner: Pruner | None) -> Sample:
-    encoder = _milliseconds(model, lambda: encode_images(model, inputs["pixel_values"], *([pruner] if pruner else [])))
+    begin = _now(model)
+    encoded = encode_images(model, inputs["pixel_values"], *([pruner] if pruner else []))
+    encoder = _now(model) - begin
     begin = _now(model)
     short = None if pruner is None else prune_inputs(model, inputs, pruner)
     output = model.generate(
@@ -181,7 +184,8 @@ def _run(model: Any, inputs: Mapping[str, Any], pruner: Pruner | None) -> Sample
     selection = None
     if short is not None and short.record is not None:
         selection = sum(span for name, span in short.record.milliseconds.items() if name != "encode")
-    return Sample(ttft, encoder, selection, kv_cache_bytes(output.past_key_values))
+    stages = tuple((stage.layer, kept) for stage, kept in zip(encoded.stages, encoded.stage_tokens, strict=True))
+    return Sample(ttft, encoder, selection, kv_cache_bytes(output.past_key_values), stages)
 
 
 def _summarise(config: LlavaConfig, name: str, pruner: Pruner | None, rounds: Sequence[Mapping[str, Sample]]) -> Cost:
@@ -190,12 +194,11 @@ def _summarise(config: LlavaConfig, name: str, pruner: Pruner | None, rounds: Se
     kept = patches if pruner is None else pruner.budget.resolve(patches)
     # The model computes its whole encoder; a pruned call stops at the layer whose features are read.
     used = cast(Any, config.vision_config).num_hidden_layers + 1 + cast(int, config.vision_feature_layer)
-    stages = () if pruner is None else pruner.encoder_stages(patches, used)
     flops = llava_prefill_flops(
         config,
         text_tokens=TEXT_TOKENS,
         visual_tokens=kept,
-        stages=[(stage.layer, stage.num_tokens) for stage in stages],
+        stages=samples[0].stages,
         encoder_layers=None if pruner is None else used,
     )
     selections = [(sample.selection, sample.ttft) for sample in samples if sample.selection is not None]
@@ -223,12 +226,6 @@ def _now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() * 1e3
-
-
-def _milliseconds(model: Any, work: Callable[[], object]) -> float:
-    begin = _now(model)
-    work()
-    return _now(model) - begin
 
 
 app = App(name="python -m dcp_prune.profiling.latency", help_format="plaintext", version_flags=())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,22 +25,33 @@ from dcp_prune.tokens import (
     compose_assignments,
 )
 
+_CACHED_PAIRS = 1_500_000
+"""Pairs of tokens that a CPU works on at once: a few matrices of so many float32 fit its cache."""
 
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderStage(ABC):
     """A reduction inside the vision encoder: of the tokens that leave layer `layer` it keeps `num_tokens`.
 
-    The signals in `requires` are those of that same layer. Implementations are frozen dataclasses and pure.
+    The signals in `requires` are those of that same layer. Implementations are frozen dataclasses and pure: what one
+    stage has to know of the one before travels as `state` from its `EncoderReduction` to the next `EncoderTokens`.
+
+    Attributes:
+        layer: 0-based index of the encoder layer whose output is reduced.
+        num_tokens: tokens of each image that go on to the next layer, [CLS] not counted; None if the data decide.
     """
 
     layer: int
-    """0-based index of the encoder layer whose output is reduced."""
-    num_tokens: int
-    """Tokens that go on to the next layer, [CLS] not counted."""
+    num_tokens: int | None
     requires: ClassVar[frozenset[Signal]] = frozenset()
 
     @abstractmethod
     def reduce(self, tokens: EncoderTokens) -> EncoderReduction:
-        """Keeps exactly `num_tokens` of the tokens (`b n v` -> `b m v`); never sees [CLS]."""
+        """Keeps `num_tokens` of the tokens (`b n v` -> `b m v`); never sees [CLS].
+
+        Where the data decide, images may keep different numbers: m is then the largest, `mask` marks the padding of the
+        others, and a later stage has to respect it.
+        """
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,11 @@ class Pruner(ABC):
     def budget(self) -> Budget:
         return Budget(self.num_tokens, self.keep_ratio)
 
+    @property
+    def joint(self) -> bool:
+        """Whether the images of a batch bear on each other; only to reproduce a release that works like this."""
+        return False
+
     def encoder_stages(self, num_original: int, num_layers: int) -> tuple[EncoderStage, ...]:
         """In-encoder reductions for an image of `num_original` tokens and an encoder whose features leave layer
         `num_layers - 1`; empty for methods that work after the encoder, and always if the budget prunes nothing."""
@@ -121,7 +138,7 @@ class Pruner(ABC):
             InvalidInputError: features, attention or text hold NaN or inf.
             MissingSignalError: the tokens lack a signal that this pruner needs.
         """
-        self._guard(tokens)
+        padded = self._guard(tokens)
         k = self.budget.resolve(tokens.num_original)
         n = tokens.features.shape[1]
         if k >= n:
@@ -132,13 +149,12 @@ class Pruner(ABC):
                 assignment=tokens.assignment,
                 stats={},
             )
-        offered = replace(
-            tokens,
-            features=tokens.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0),
-            mask=_offer_at_least(tokens.mask, k),
-        )
+        offered = tokens
+        if padded:
+            features = tokens.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
+            offered = replace(tokens, features=features, mask=_offer_at_least(tokens.mask, k))
         with torch.autocast(tokens.features.device.type, enabled=False):
-            chosen = _padding_last(self.prune(offered, k), tokens.mask)
+            chosen = _padding_last(self._prune_in_parts(offered, k), tokens.mask)
         real = tokens.mask.gather(1, chosen.kept)
         features = gather_tokens(offered.features, chosen.kept) if chosen.features is None else chosen.features
         return PrunedTokens(
@@ -149,22 +165,39 @@ class Pruner(ABC):
             stats=chosen.stats,
         )
 
-    def _guard(self, tokens: VisualTokens) -> None:
+    def _prune_in_parts(self, tokens: VisualTokens, k: int) -> Selection:
+        """`prune`; on a CPU a few images at a time, whose n x n matrices then stay in its cache (ours)."""
+        b, n, _ = tokens.features.shape
+        size = max(1, _CACHED_PAIRS // n**2)
+        if tokens.features.device.type != "cpu" or self.joint or b <= size:
+            return self.prune(tokens, k)
+        return _join([self.prune(_rows(tokens, slice(start, start + size)), k) for start in range(0, b, size)])
+
+    def _guard(self, tokens: VisualTokens) -> bool:
+        """Refuses tokens that no selection can be made of; says whether any of them is padding.
+
+        The host waits for the device once, for all answers together.
+        """
         missing = sorted(signal.value for signal in self.requires if not has_signal(tokens, signal))
         if missing:
             raise missing_signals(type(self).__name__, *missing)
         attention = None if tokens.encoder is None else tokens.encoder.cls_attention
-        read = {
+        signals = {
             "visual features": tokens.features,
             "[CLS] attention": attention,
             "question's embeddings": tokens.text,
             "CLIP similarities": tokens.clip_similarity,
         }
-        for name, values in read.items():
-            if values is not None and not torch.isfinite(values).all():
+        read = {name: values for name, values in signals.items() if values is not None}
+        # A finite sum has finite terms, and needs no copy of them; one that overflows proves nothing yet.
+        sums = [widened(values).sum().float() for values in read.values()]
+        *totals, unpadded = torch.stack([*sums, tokens.mask.all().float()]).tolist()
+        for (name, values), total in zip(read.items(), totals, strict=True):
+            if not math.isfinite(total) and not torch.isfinite(values).all():
                 raise InvalidInputError(
                     f"the {name} hold NaN or inf, so no selection is meaningful; check the image and the model's dtype"
                 )
+        return not unpadded
 
 
 class SelectionPruner(Pruner):
@@ -201,6 +234,10 @@ def read_signal(tokens: VisualTokens, signal: Signal) -> Tensor | None:
             return None if tokens.encoder is None else tokens.encoder.cls_attention
         case Signal.KEYS:
             return None if tokens.encoder is None else tokens.encoder.keys
+        case Signal.VALUES:
+            return None if tokens.encoder is None else tokens.encoder.values
+        case Signal.CLS_VALUE_AFFINITY:
+            return None if tokens.encoder is None else tokens.encoder.cls_value_affinity
         case Signal.TEXT:
             return tokens.text
         case Signal.CLIP_SIMILARITY:
@@ -217,6 +254,33 @@ def missing_signals(pruner: str, *signals: str) -> MissingSignalError:
     return MissingSignalError(
         f"{pruner} needs {', '.join(signals)}, which these tokens do not carry; "
         "use a model whose adapter provides it, or another pruner"
+    )
+
+
+def _rows(tokens: VisualTokens, which: slice) -> VisualTokens:
+    """Some images of a batch."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[which]
+        if isinstance(value, Mapping):
+            return {name: pick(each) for name, each in value.items()}
+        if isinstance(value, EncoderTokens):
+            return replace(value, **pick(vars(value)))
+        return value
+
+    return replace(tokens, **pick(vars(tokens)))
+
+
+def _join(parts: Sequence[Selection]) -> Selection:
+    """One selection for a batch from those of its parts."""
+    features = [part.features for part in parts if part.features is not None]
+    assignments = [part.assignment for part in parts if part.assignment is not None]
+    return Selection(
+        kept=torch.cat([part.kept for part in parts]),
+        features=torch.cat(features) if features else None,
+        assignment=torch.cat(assignments) if assignments else None,
+        stats={name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats},
     )
 
 
