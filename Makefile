@@ -6,9 +6,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
+LMMS := .venv-lmms-eval
+CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench results readme train-testbed
+.PHONY: help demo test test-lmms-eval lint format bench results readme train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -18,6 +21,9 @@ demo: $(RUNTIME) ## a trained model answers questions about pictures with 16 ins
 
 test: $(DEV) ## all tests that need no GPU (ARGS="tests/unit -k kappa" narrows them)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-lmms-eval: $(LMMS)/.installed ## the lmms-eval plug-in, in an environment of its own (minutes; not part of test)
+	HF_HUB_OFFLINE=1 $(LMMS)/bin/python -m pytest -q tests/lmms $(ARGS)
 
 lint: $(DEV) ## style, types and import rules
 	$(BIN)/ruff check .
@@ -52,8 +58,7 @@ train-testbed: $(RUNTIME) ## train the testbed model, going on from its last che
 	$(BIN)/python -m dcp_prune.testbed.card
 
 $(RUNTIME): pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(CHECK_PYTHON)
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt --editable .
@@ -61,4 +66,16 @@ $(RUNTIME): pyproject.toml constraints.txt
 
 $(DEV): $(RUNTIME)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# torchvision, which lmms-eval needs, loads beside a CPU build of torch only with the help of a file from tools/.
+$(LMMS)/.installed: pyproject.toml constraints.txt tests/lmms/constraints.txt tools/torchvision_beside_cpu_torch.py
+	@$(CHECK_PYTHON)
+	test -x $(LMMS)/bin/python || "$(PYTHON)" -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
+	$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--constraint tests/lmms/constraints.txt --editable '.[lmms-eval]' pytest
+	packages=$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp tools/torchvision_beside_cpu_torch.py "$$packages" && \
+		echo 'import torchvision_beside_cpu_torch' > "$$packages/torchvision_beside_cpu_torch.pth"
 	@touch $@
