@@ -111,11 +111,10 @@ class PrunedLlava(lmms):
         logger.info(f"{MODEL_ID}: {pretrained} with {self.pruner or 'all visual tokens'}")
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answers every request, in the order of the requests.
+        """Answers every request, in the order of the requests; what the task or the model raise comes out.
 
         Raises:
-            InvalidInputError: a task gives something else than pictures, or its text has not one placeholder for each
-                picture. (And whatever the task or the model raise; lmms-eval's command line ends with exit code 1.)
+            InvalidInputError: a task gives something else than pictures, or its text has not one placeholder for each.
         """
         with _failing_the_run():
             # Long contexts first: the time left is overestimated rather than underestimated, and memory runs out early.
@@ -124,7 +123,12 @@ class PrunedLlava(lmms):
             answers: list[GenerationResult] = []
             progress = tqdm(total=len(requests), desc=MODEL_ID, disable=self.rank != 0)
             for batch in order.get_batched(n=self.batch_size):
-                answers.extend(self._answer(batch, tally))
+                try:
+                    answers.extend(self._answer(batch, tally))
+                except Exception as error:
+                    asked = ", ".join(f"{document} of {task}" for *_, document, task, _ in batch)
+                    error.add_note(f"while answering document(s) {asked}")
+                    raise
                 progress.update(len(batch))
             progress.close()
             tally.log()
