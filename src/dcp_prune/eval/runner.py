@@ -26,6 +26,7 @@ from dcp_prune.integrations.transformers import (
     EncodedImages,
     embed_question,
     encode_images,
+    encoder_stages,
     image_features_as_inputs,
     prune_inputs,
 )
@@ -159,8 +160,9 @@ class Runner:
         """One encoder pass, and its seconds, for each configuration of in-encoder stages that any method has."""
         for method in self.methods:  # which stages a pruner has is for the encoder's depth to say
             if method not in self._stages:
-                wanted = () if method.pruner is None else (method.pruner,)
-                self._stages[method] = encode_images(self.model, pixels[:1], *wanted).stages
+                self._stages[method] = (
+                    () if method.pruner is None else encoder_stages(self.model, pixels, method.pruner)
+                )
         # The distances' weights want the [CLS] attention of the full pass.
         groups: dict[Any, list[Pruner]] = {(): [ClsAttentionPruner(num_tokens=1)] if self.distances else []}
         for method in self.methods:

@@ -185,6 +185,7 @@ class _Images:
     def encode(self, pruner: Pruner, lap: Callable[[str], None]) -> EncodedImages:
         if self.encoded is None:
             assert self.pixels is not None
+            self.adapter.check_signals(type(pruner).__name__, pruner.requires)
             return encode(self.adapter, self.pixels, (pruner,), lap)
         stages = self.adapter.check_stages(pruner.encoder_stages(self.num_tokens, self.adapter.num_layers))
         if stages != self.encoded.stages:
@@ -373,6 +374,17 @@ def embed_question(
     words = _question(model, ids, None, -1, processor, texts)
     made = _embed(model, words, torch.arange(len(texts), device=model.device), model.device)
     return made["text"], made["text_mask"]
+
+
+def encoder_stages(model: Any, pixels: Float[Tensor, "i c y x"], pruner: Pruner) -> tuple[Any, ...]:
+    """What this pruner drops inside this model's encoder; pruners with equal stages can share a pass.
+
+    Raises:
+        InvalidInputError: a stage does not fit the encoder.
+    """
+    adapter = get_adapter(model)
+    rows, cols = adapter.grid(pixels)
+    return adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers))
 
 
 def image_features_as_inputs(model: Any, features: Float[Tensor, "i k d"]) -> dict[str, Any]:

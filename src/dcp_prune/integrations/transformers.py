@@ -26,6 +26,7 @@ from dcp_prune.integrations.shortening import (
     ShortInputs,
     embed_question,
     encode,
+    encoder_stages,
     image_features_as_inputs,
     shorten,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "ShortInputs",
     "embed_question",
     "encode_images",
+    "encoder_stages",
     "get_handle",
     "image_features_as_inputs",
     "prune",
@@ -119,6 +121,7 @@ def prune(model: PreTrainedModel, pruner: Pruner, *, processor: Any = None) -> P
     Raises:
         UnsupportedModelError: see `get_adapter`.
         InvalidInputError: the model has a handle already, or an encoder stage does not fit the encoder.
+        MissingSignalError: the pruner requires a signal that the model does not give.
     """
     return PruneHandle(model, pruner, processor=processor)
 
@@ -149,6 +152,7 @@ class PruneHandle:
                 "remove that handle first: get_handle(model).remove()"
             )
         adapter = get_adapter(model)
+        adapter.check_signals(type(pruner).__name__, pruner.requires)
         rows, cols = adapter.grid()
         adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers))
         self.model: Any = model
