@@ -20,6 +20,7 @@ from dcp_prune import (
     list_pruners,
     make_pruner,
 )
+from dcp_prune.pruners import base
 
 B, SIDE, D, WORDS = 3, 8, 24, 5
 N = SIDE * SIDE
@@ -161,6 +162,20 @@ def test_a_batch_equals_single_images(name, tokens):
         assert alone.stats.keys() == together.stats.keys()
         for key, value in alone.stats.items():
             torch.testing.assert_close(value[0], together.stats[key][i], rtol=1e-3, atol=1e-5)
+
+
+def test_a_cpu_that_takes_a_batch_in_parts_gives_the_same_result(name, tokens, monkeypatch):
+    pruner = make_pruner(name, num_tokens=9)
+    monkeypatch.setattr(base, "_CACHED_PAIRS", B * N * N)
+    whole = pruner(tokens)
+    monkeypatch.setattr(base, "_CACHED_PAIRS", 2 * N * N)
+    parts = pruner(tokens)
+    assert torch.equal(parts.indices, whole.indices)
+    assert torch.equal(parts.assignment, whole.assignment)
+    torch.testing.assert_close(parts.features, whole.features)
+    assert parts.stats.keys() == whole.stats.keys()
+    for key, value in whole.stats.items():
+        torch.testing.assert_close(parts.stats[key], value, rtol=1e-3, atol=1e-5)
 
 
 def test_the_same_call_twice_gives_the_same_result_and_touches_neither_inputs_nor_global_randomness(name, tokens):

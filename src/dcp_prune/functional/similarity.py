@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+_WORTH_STRIPS = 512
+
 
 def widened(values: Tensor) -> Tensor:
     """The same numbers in at least float32: half precision is raised, float64 stays."""
@@ -20,9 +22,33 @@ def cosine_similarity(
 
     A zero vector has cosine 0 to everything, itself included.
     """
-    unit = functional.normalize(widened(left), dim=-1)
-    other = unit if right is None else functional.normalize(widened(right), dim=-1)
-    return unit @ other.mT
+    if right is None:
+        return gram(functional.normalize(widened(left), dim=-1))
+    left, right = widened(left), widened(right)
+    return left @ right.mT / vector_lengths(left).unsqueeze(2) / vector_lengths(right).unsqueeze(1)
+
+
+def vector_lengths(vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:
+    """Euclidean lengths, kept above 0, so that a zero vector stays one when it is divided by its length."""
+    return torch.linalg.vector_norm(vectors, dim=-1).clamp(min=1e-12)
+
+
+def gram(vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b n n"]:
+    """Inner product of every vector with every one of the same row, in their own precision.
+
+    On a CPU, where arithmetic is what takes time, strip by strip, and what lies below the diagonal is copied from above
+    it: five eighths of the products. Short vectors are not worth the copies.
+    """
+    b, n, d = vectors.shape
+    if vectors.device.type != "cpu" or d < _WORTH_STRIPS:
+        return vectors @ vectors.mT
+    products = vectors.new_empty(b, n, n)
+    strip = max(1, -(-n // 4))
+    for start in range(0, n, strip):
+        stop = start + strip
+        products[:, start:stop, start:] = vectors[:, start:stop] @ vectors[:, start:].mT
+        products[:, stop:, start:stop] = products[:, start:stop, stop:].mT
+    return products
 
 
 def scale_to_peak(scores: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n"]:

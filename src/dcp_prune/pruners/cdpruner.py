@@ -8,11 +8,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.selection import greedy_determinant
-from dcp_prune.functional.similarity import gather_tokens, widened
+from dcp_prune.functional.similarity import gather_tokens, vector_lengths, widened
 from dcp_prune.pruners.base import SelectionPruner
 from dcp_prune.tokens import Signal, VisualTokens
 
@@ -46,6 +45,10 @@ class CDPruner(SelectionPruner):
                 f"got {self.relevance_extent!r}"
             )
 
+    @property
+    def joint(self) -> bool:
+        return self.relevance_extent == "batch"
+
     @torch.no_grad()
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
         relevance = -self.read(tokens, Signal.CLIP_SIMILARITY)
@@ -54,10 +57,14 @@ class CDPruner(SelectionPruner):
         if self.relevance_extent == "batch":
             low, high = low.amin(), high.amax()
         relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
-        weighted = functional.normalize(widened(tokens.features), dim=-1) * relevance.unsqueeze(-1)
-        weighted = weighted.masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
+        relevance = relevance.masked_fill(~tokens.mask, 0.0)
+        features = widened(tokens.features)
+        length = vector_lengths(features)
+        relevance = relevance.masked_fill(length <= 1e-12, 0.0)  # a zero vector spans nothing
+        weight = relevance / length
 
         def column(pick: Int[Tensor, "b 1"]) -> Tensor:
-            return (weighted @ gather_tokens(weighted, pick).mT).squeeze(-1)
+            products = (gather_tokens(features, pick) @ features.mT).squeeze(1)
+            return products * weight * weight.gather(1, pick)
 
-        return greedy_determinant(weighted.square().sum(dim=-1), column, k, mask=tokens.mask)
+        return greedy_determinant(relevance.square(), column, k, mask=tokens.mask)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.selection import greedy_determinant
-from dcp_prune.functional.similarity import widened
+from dcp_prune.functional.similarity import gram, widened
 from dcp_prune.pruners.base import SelectionPruner
 from dcp_prune.tokens import VisualTokens
 
@@ -39,8 +38,8 @@ class OTPrunePruner(SelectionPruner):
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
-        scaled = functional.normalize(widened(tokens.features), dim=1)
-        products = scaled @ scaled.mT
+        features = widened(tokens.features)
+        products = gram(features / features.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12))
 
         def column(pick: Int[Tensor, "b 1"]) -> Tensor:
             own = products.gather(1, pick.unsqueeze(-1).expand(-1, 1, products.shape[1]))
