@@ -36,13 +36,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_model(seed: int = 0, *, attn_implementation: str = "sdpa") -> LlavaForConditionalGeneration:
+def build_model(
+    seed: int = 0, *, attn_implementation: str = "sdpa", vision_layers: int = 4
+) -> LlavaForConditionalGeneration:
     """4 + 4 layers of width 64 (vision) and 48 (language), 84 px in patches of 14; eval mode."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=vision_layers,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
@@ -116,6 +118,16 @@ def pristine_model() -> LlavaForConditionalGeneration:
 @pytest.fixture
 def model(pristine_model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     return copy.deepcopy(pristine_model)
+
+
+@pytest.fixture(scope="session")
+def deep_model() -> LlavaForConditionalGeneration:
+    """With 10 layers in the vision tower, whose attention is far from even; shared by the session: never change it."""
+    model = build_model(vision_layers=10)
+    tower: Any = model.model.vision_tower
+    for layer in tower.encoder.layers:
+        layer.self_attn.q_proj.weight.data.mul_(20.0)
+    return model
 
 
 @pytest.fixture(scope="session")

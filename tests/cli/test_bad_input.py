@@ -34,6 +34,7 @@ def _refused(outcome: Any, cause: str) -> None:
         (("--keep-ratio", "0"), "(0, 1]"),
         (("--keep-ratio", "1.5"), "(0, 1]"),
         (("--pruner", "dpc"), "did you mean dcp"),
+        (("--pruner", "cdpruner"), "CDPruner needs clip_similarity, which LlavaForConditionalGeneration does not give"),
         (("--model", "/no/such/model"), "/no/such/model"),
         (("--model", "nosuchmodel"), "nosuchmodel"),
         (("--model", "."), "config.json"),

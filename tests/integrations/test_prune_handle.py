@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import LlavaForConditionalGeneration, TextStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from dcp_prune.errors import InvalidInputError, UnsupportedModelError
+from dcp_prune.errors import InvalidInputError, MissingSignalError, UnsupportedModelError
 from dcp_prune.integrations.transformers import get_handle, prune, prune_inputs
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import make_pruner
@@ -439,6 +439,16 @@ def test_a_stage_that_does_not_fit_the_encoder_is_refused_when_attaching(model: 
     model.config.vision_feature_layer = [-2, -1]
     with pytest.raises(UnsupportedModelError, match="list"):
         prune(model, make_pruner("dcp_progressive", num_tokens=8))
+    assert traces(model) == before
+
+
+def test_a_pruner_that_the_model_cannot_serve_is_refused_when_attaching(model: Any) -> None:
+    before = traces(model)
+    with pytest.raises(
+        MissingSignalError,
+        match=r"CDPruner needs clip_similarity, which LlavaForConditionalGeneration does not give .*CLIP's text tower",
+    ):
+        prune(model, make_pruner("cdpruner", num_tokens=8))
     assert traces(model) == before
 
 

@@ -236,6 +236,62 @@ def test_encoded_images_without_the_needed_signal_are_refused(pristine_model: An
         prune_inputs(pristine_model, inputs, make_pruner("cls_attention", num_tokens=8), encoded=encoded)
 
 
+def test_a_signal_that_the_model_never_gives_is_refused_before_encoding_and_can_be_brought_along(
+    pristine_model: Any, make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs("<image> what")
+    pruner = make_pruner("cdpruner", num_tokens=8)
+    encoded = encode_images(pristine_model, inputs["pixel_values"], pruner)
+    with pytest.raises(MissingSignalError, match="clip_similarity, which these tokens do not carry"):
+        prune_inputs(pristine_model, inputs, pruner, encoded=encoded)
+    similarity = torch.linspace(0.0, 0.3, N).unsqueeze(0)
+    brought = replace(encoded, tokens=replace(encoded.tokens, clip_similarity=similarity))
+    short = prune_inputs(pristine_model, inputs, pruner, encoded=brought)
+    assert short.features is not None
+    assert short.features.shape[1] == 8
+    monkeypatch.setattr(
+        "dcp_prune.integrations.shortening.encode", lambda *a: pytest.fail("the images were encoded for nothing")
+    )
+    with pytest.raises(MissingSignalError, match="LlavaForConditionalGeneration does not give"):
+        prune_inputs(pristine_model, inputs, pruner)
+
+
+@pytest.mark.parametrize("batch_drop", ["image", "largest"])
+def test_images_that_lose_tokens_at_their_own_pace_equal_images_alone(
+    deep_model: Any, make_inputs: MakeInputs, batch_drop: str
+) -> None:
+    pruner = make_pruner("flowcut", num_tokens=4, batch_drop=batch_drop)
+    together = prune_inputs(deep_model, make_inputs("<image> <image> <image> <image> what"), pruner)
+    alone = [prune_inputs(deep_model, make_inputs("<image> what", seeds=[seed]), pruner) for seed in range(4)]
+    assert together.record is not None
+    assert together.features is not None
+
+    def counts(short: ShortInputs) -> Tensor:
+        assert short.record is not None
+        return torch.stack([stats["num_tokens"] for stats in short.record.stage_stats if stats], dim=1)
+
+    own = torch.cat([counts(short) for short in alone])
+    assert (own[:, :-1] != own[:1, :-1]).any(), "this test needs images that differ"
+    if batch_drop == "largest":
+        assert (counts(together) == counts(together)[:1]).all()
+        assert (counts(together)[:, 0] == own[:, 0].min()).all()
+        return
+    assert torch.equal(counts(together), own)
+    for row, short in enumerate(alone):
+        assert short.record is not None
+        assert short.features is not None
+        assert torch.equal(together.record.indices[row], short.record.indices[0])
+        assert torch.equal(together.record.assignment[row], short.record.assignment[0])
+        torch.testing.assert_close(together.features[row], short.features[0], rtol=1e-3, atol=1e-3)
+
+
+def test_an_image_that_is_no_number_is_refused_inside_the_encoder_too(deep_model: Any, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs("<image> what")
+    inputs["pixel_values"][0, 0, 3, 5] = float("nan")
+    with pytest.raises(InvalidInputError, match=r"attention at encoder layer \d holds NaN or inf"):
+        prune_inputs(deep_model, inputs, make_pruner("flowcut", num_tokens=4))
+
+
 def test_inputs_can_be_used_again_after_beams_rewrote_them(model: Any, make_inputs: MakeInputs, pruner: Pruner) -> None:
     short = prune_inputs(model, make_inputs(PROMPTS[1]), pruner)
     first, second = (model.generate(**short.inputs, max_new_tokens=3, num_beams=3) for _ in range(2))

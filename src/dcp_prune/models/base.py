@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError, UnsupportedModelError
+from dcp_prune.errors import InvalidInputError, MissingSignalError, UnsupportedModelError
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
 _ADAPTERS = {"LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter"}
@@ -78,6 +78,8 @@ class ModelAdapter(ABC):
     """Whether tokens can be dropped between the layers of the encoder."""
     signals: ClassVar[frozenset[Signal]]
     """What the encoder can be asked for."""
+    absent: ClassVar[Mapping[Signal, str]] = {}
+    """Why a signal is not among `signals`, as a clause, where there is more to say."""
     image_inputs: ClassVar[tuple[str, ...]]
     """Model inputs that describe images and disappear once the images are encoded; the first one holds the pixels."""
 
@@ -97,6 +99,20 @@ class ModelAdapter(ABC):
     @abstractmethod
     def grid(self, pixel_values: Float[Tensor, "i c y x"] | None = None) -> tuple[int, int]:
         """(rows, cols) of patches of such images; without images, of those that the model was built for."""
+
+    def check_signals(self, pruner: str, required: AbstractSet[Signal]) -> None:
+        """Refuses a pruner whose signals no encoder pass will give; the question comes from the prompt.
+
+        Raises:
+            MissingSignalError: one of them is neither among `signals` nor the question.
+        """
+        missing = sorted(required - self.signals - {Signal.TEXT})
+        if missing:
+            why = "".join(f" ({self.absent[signal]})" for signal in missing if signal in self.absent)
+            raise MissingSignalError(
+                f"{pruner} needs {', '.join(missing)}, which {self.architecture} does not give{why}; "
+                "choose another pruner"
+            )
 
     def check_stages(self, stages: Sequence[Reduction]) -> tuple[Reduction, ...]:
         """The stages in the order of their layers.

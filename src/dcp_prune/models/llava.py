@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,6 +32,9 @@ class LlavaAdapter(ModelAdapter):
     signals = frozenset(
         {Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES, Signal.CLS_VALUE_AFFINITY}
     )
+    absent: ClassVar[Mapping[Signal, str]] = {
+        Signal.CLIP_SIMILARITY: "it takes CLIP's text tower and projections, which LLaVA checkpoints do not hold"
+    }
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 
     def __init__(self, model: Any) -> None:
