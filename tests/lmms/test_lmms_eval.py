@@ -251,6 +251,14 @@ def test_different_generation_arguments_never_share_a_batch_and_answers_keep_the
     assert [request.args[1] for request in requests] == before
 
 
+def test_lmms_eval_knows_the_model_whichever_is_imported_first() -> None:
+    code = (
+        "import dcp_prune.integrations.lmms_eval.model; from lmms_eval.models import list_available_models; "
+        "assert 'dcp_llava_hf' in list_available_models()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_system_prompt_stands_in_front_of_the_question(tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("stop , open\n")
     lm = make_lm(num_tokens=16, system_prompt=str(tmp_path / "system.txt"))

@@ -1,10 +1,4 @@
-"""lmms-eval: any pruner on its benchmarks, as the plug-in model `dcp_llava_hf` (entry point group `lmms_eval.models`).
-
-    lmms-eval --model dcp_llava_hf --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=dcp,num_tokens=16 \
-        --tasks gqa,mme,pope,scienceqa_img,textvqa_val --batch_size 8
-
-Needs lmms-eval, which this package installs only on demand: `pip install 'dcp-prune[lmms-eval]'`.
-"""
+"""The model that lmms-eval asks: a processor's prompts, pruned inputs, answers; every error comes out."""
 # pyright: reportMissingImports=false
 # lmms-eval lives in an environment of its own, since its torchvision does not load beside a CPU build of torch.
 
@@ -23,7 +17,6 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import Collator
 from loguru import logger
 from PIL import Image
@@ -33,22 +26,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from dcp_prune.errors import InvalidInputError
+from dcp_prune.integrations.lmms_eval import MODEL_ID
 from dcp_prune.integrations.transformers import PruneRecord, prune_inputs
 from dcp_prune.models import get_adapter
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import make_pruner
 
-MODEL_ID = "dcp_llava_hf"
-"""What `lmms-eval --model` calls it."""
 NO_PRUNER = "none"
 """`pruner=none`: the unpruned model by the very same path, for the upper bound."""
 MAX_NEW_TOKENS = 1024
 """Where an answer is cut off if the task does not say, as in lmms-eval's own `llava_hf`."""
-
-
-def manifest() -> ModelManifest:
-    """What the entry point tells lmms-eval."""
-    return ModelManifest(model_id=MODEL_ID, simple_class_path=f"{__name__}.{PrunedLlava.__name__}")
 
 
 class PrunedLlava(lmms):
