@@ -162,5 +162,5 @@ def suppress(
     alive = scores.new_ones(b, n, dtype=torch.bool) if mask is None else mask.gather(1, order)
     columns = allowed.mT.contiguous()  # row i: which later tokens tolerate token i
     for columns_i, alive_i in zip(columns.unbind(1), alive.unbind(1), strict=True):
-        alive.logical_and_(columns_i.logical_or_(alive_i.logical_not().unsqueeze(1)))
+        alive.logical_and_(columns_i.ge_(alive_i.unsqueeze(1)))  # tolerated, or i is not alive
     return torch.empty_like(alive).scatter(1, order, alive)
