@@ -31,6 +31,9 @@ from dcp_prune.testbed.load import CHECKPOINTS, DEFAULT_CHECKPOINT, load
 TESTBED_MODELS = {f"testbed-{name}": name for name in CHECKPOINTS} | {"testbed": DEFAULT_CHECKPOINT}
 """Names of the models that come with the package, and the checkpoints they stand for."""
 
+_SIGNS_OF_A_CUT_DOWNLOAD = ("deserializing header", "no file named", "instantiate the backend tokenizer", "EOF")
+"""In messages about weights and tokenizers that are missing or end too early."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -254,6 +257,8 @@ def _from_pretrained(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         raise
     except Exception as error:  # the hub, the file system and the parsers each raise kinds of their own
         cause = " ".join(str(error).split()) or type(error).__name__
+        if any(sign in cause for sign in _SIGNS_OF_A_CUT_DOWNLOAD):
+            cause = f"its files are not complete, as after an interrupted download; fetch them again ({cause[:150]})"
         raise InvalidInputError(f"the model {name} cannot be loaded: {cause[:300]}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), processor

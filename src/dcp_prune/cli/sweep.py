@@ -40,7 +40,22 @@ def sweep(
             help="Visual tokens to keep; several times for several budgets; 0 is no image; if not said: 16.",
         ),
     ] = None,
-    limit: Annotated[int | None, Whole, Parameter(help="How many questions; if not said: 1000 of the testbed.")] = None,
+    questions: Annotated[
+        Path | None,
+        Parameter(
+            help='A JSONL file of questions instead of the testbed, lines like {"id": "1", "image": "cat.jpg", '
+            '"question": "...", "answer": "cat", "task": "..."}; image is relative to the file, answer may be a list '
+            "of right ones, task may be left out."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, Parameter(help="Who answers them: testbed-weak, the folder of a LLaVA-1.5 model, or its hub name.")
+    ] = None,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="With --questions: where an answer is cut off.")] = 16,
+    batch_size: Annotated[int, Whole, Parameter(help="With --questions: how many are answered at once.")] = 8,
+    limit: Annotated[
+        int | None, Whole, Parameter(help="How many questions; if not said: 1000 of the testbed, all of a file.")
+    ] = None,
     task: Annotated[
         list[str] | None, Parameter(negative="", help="Only questions of this task; several times.")
     ] = None,
@@ -60,7 +75,9 @@ def sweep(
         list[str] | None, Parameter(negative="", help="Record this distance beside kappa; several times.")
     ] = None,
     processes: Annotated[
-        int | None, Whole, Parameter(help="Processes that work at once; if not said: one per core.")
+        int | None,
+        Whole,
+        Parameter(help="Processes that work at once; if not said: one per core, and one with --questions."),
     ] = None,
     ray: Annotated[bool, Parameter(negative="", help="Work on a Ray cluster (RAY_ADDRESS, or this machine).")] = False,
     compact: Annotated[bool, Parameter(negative="", help="Put all records into one file at the end.")] = False,
@@ -73,6 +90,8 @@ def sweep(
     """
     from dcp_prune.testbed.seeds import HELD_OUT
 
+    if (questions is None) != (model is None):
+        raise InvalidInputError("--questions and --model belong together: a file of questions, and who answers them")
     seeds = HELD_OUT if seed_range is None else seed_range_of(seed_range)
     if limit is not None and limit < 1:
         raise InvalidInputError(f"--limit must be at least 1 question, got {limit}")
@@ -81,21 +100,31 @@ def sweep(
 
     from dcp_prune.eval import records  # noqa: F401  # says what to install, where the extra is missing
     from dcp_prune.eval.distances import DISTANCE_NAMES
+    from dcp_prune.eval.jsonl import read_questions
     from dcp_prune.eval.methods import plan
-    from dcp_prune.eval.sources import TestbedSource
+    from dcp_prune.eval.sources import JsonlSource, TestbedSource
     from dcp_prune.eval.sweep import sweep as run_sweep
     from dcp_prune.eval.testbed import TestbedQuestions
 
     methods = plan(pruner or ["none", "dcp", "random"], num_tokens or [DEFAULT_NUM_TOKENS])
-    source = TestbedSource(checkpoint, TestbedQuestions(seeds, difficulty, limit or 1000, tuple(task or ())))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if questions is None or model is None:
+        source = TestbedSource(checkpoint, TestbedQuestions(seeds, difficulty, limit or 1000, tuple(task or ())))
+        processes = processes or (0 if ray else cores)
+        threads = 1  # the model is so small that several processes beat several threads
+    else:
+        asked = tuple(each for each in read_questions(questions) if not task or each.task in task)[:limit]
+        source = JsonlSource(model, questions, asked, batch_size, max_new_tokens)
+        processes = processes or 1
+        threads = max(1, cores // processes)
     with progress_bar("Loading the model") as advance:
         swept = run_sweep(
             source,
             methods,
             output,
             distances=DISTANCE_NAMES if distances else distance or (),
-            processes=processes or (0 if ray else cores),
+            processes=processes,
+            threads=threads,
             backend="ray" if ray else "processes",
             compact=compact,
             progress=advance,

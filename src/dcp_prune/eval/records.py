@@ -243,7 +243,7 @@ def _joined(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> d
     if before is None:
         return {"version": VERSION, **now}
     for key, what in (("source", "other questions"), ("model", "another model"), ("distances", "other distances")):
-        if before[key] != now[key]:
+        if _moved(before[key]) != _moved(now[key]):
             raise RecordsError(
                 f"{path} holds answers to {what}: {_difference(before[key], now[key])}; choose another folder"
                 if key != "distances"
@@ -263,6 +263,13 @@ def _joined(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> d
     if now["environment"] not in others:
         joined["resumed_in"] = [*others[1:], now["environment"]]
     return joined
+
+
+def _moved(described: Any) -> Any:
+    """A description without the place of its file, whose content counts."""
+    return (
+        {key: value for key, value in described.items() if key != "path"} if isinstance(described, dict) else described
+    )
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

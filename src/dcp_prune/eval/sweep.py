@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 import torch
@@ -24,7 +24,9 @@ from dcp_prune.eval.distances import check_distances
 from dcp_prune.eval.environment import environment
 from dcp_prune.eval.methods import ALL_TOKENS, Method
 from dcp_prune.eval.records import RecordsFolder, to_part
-from dcp_prune.eval.runner import Answered
+
+if TYPE_CHECKING:
+    from dcp_prune.eval.runner import Answered
 
 Progress = Callable[[int, int], None]
 
@@ -35,12 +37,12 @@ class Block:
 
     Attributes:
         number: position among the blocks of its source.
-        images: positions of its images in the source.
+        items: positions in the source of what is loaded for it.
         questions: ids of its questions, in order.
     """
 
     number: int
-    images: range
+    items: range
     questions: tuple[str, ...]
 
 
