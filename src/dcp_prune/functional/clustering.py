@@ -69,20 +69,21 @@ def max_coverage(
     Returns:
         Positions in the order of picking, unique; on ties the earlier token wins. `b k`.
     """
-    together = affinities[0] if len(affinities) == 1 else torch.cat([*affinities], dim=1)
-    need = torch.cat([*demands], dim=1).to(together.dtype).unsqueeze(1)
-    b, rows, n = together.shape
-    open_ = together.new_zeros(b, n)
+    b, _, n = affinities[0].shape
+    needs = [demand.to(affinities[0].dtype).unsqueeze(1) for demand in demands]
+    open_ = affinities[0].new_zeros(b, n)
     if mask is not None:
         open_ = open_.masked_fill(~mask, -torch.inf)
     # What is left to gain, max(0, S - cover), is updated in place: raising the cover by a pick's own column of it
     # gives the next one, so neither cover nor S is needed again.
-    left = together.clamp(min=0.0) if together is affinities[0] else together.clamp_(min=0.0)
+    lefts = [affinity.clamp(min=0.0) for affinity in affinities]
     picks: list[Tensor] = []
     for step in range(k):
         if step > 0:
-            left.sub_(left.gather(2, picks[-1].unsqueeze(1).expand(b, rows, 1))).clamp_(min=0.0)
-        gain = (need @ left).squeeze(1)
+            for left in lefts:
+                left.sub_(left.gather(2, picks[-1].unsqueeze(1).expand(b, left.shape[1], 1))).clamp_(min=0.0)
+        gains = [(need @ left).squeeze(1) for need, left in zip(needs, lefts, strict=True)]
+        gain = sum(gains[1:], start=gains[0])
         gain = gain if merit is None else gain * merit
         pick = (gain + open_).argmax(dim=1, keepdim=True)
         picks.append(pick)

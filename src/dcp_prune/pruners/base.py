@@ -115,7 +115,7 @@ class Pruner(ABC):
         """
 
     def read(self, tokens: VisualTokens, signal: Signal) -> Tensor:
-        """What the tokens carry of a required signal, zero in padding, in at least float32.
+        """What the tokens carry of a required signal, in at least float32; in what `prune` sees, zero in padding.
 
         Raises:
             MissingSignalError: they carry nothing of it.
@@ -123,9 +123,7 @@ class Pruner(ABC):
         values = read_signal(tokens, signal)
         if values is None:
             raise missing_signals(type(self).__name__, signal)
-        if signal is Signal.TEXT:
-            return widened(values)
-        return widened(values).masked_fill(~tokens.mask if values.ndim == 2 else ~tokens.mask.unsqueeze(-1), 0.0)
+        return widened(values)
 
     @final
     def __call__(self, tokens: VisualTokens) -> PrunedTokens:
@@ -149,10 +147,7 @@ class Pruner(ABC):
                 assignment=tokens.assignment,
                 stats={},
             )
-        offered = tokens
-        if padded:
-            features = tokens.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
-            offered = replace(tokens, features=features, mask=_offer_at_least(tokens.mask, k))
+        offered = replace(_blank_padding(tokens), mask=_offer_at_least(tokens.mask, k)) if padded else tokens
         with torch.autocast(tokens.features.device.type, enabled=False):
             chosen = _padding_last(self._prune_in_parts(offered, k), tokens.mask)
         real = tokens.mask.gather(1, chosen.kept)
@@ -255,6 +250,21 @@ def missing_signals(pruner: str, *signals: str) -> MissingSignalError:
         f"{pruner} needs {', '.join(signals)}, which these tokens do not carry; "
         "use a model whose adapter provides it, or another pruner"
     )
+
+
+def _blank_padding(tokens: VisualTokens) -> VisualTokens:
+    """The same tokens with zeros in padding, whatever they carry there."""
+
+    def blank(values: Tensor) -> Tensor:
+        return values.masked_fill(~tokens.mask if values.ndim == 2 else ~tokens.mask.unsqueeze(-1), 0)
+
+    encoder = tokens.encoder
+    if encoder is not None:
+        names = ("features", "cls_attention", "keys", "values", "cls_value_affinity")
+        found = {name: values for name in names if (values := getattr(encoder, name)) is not None}
+        encoder = replace(encoder, **{name: blank(values) for name, values in found.items()})
+    clip = None if tokens.clip_similarity is None else blank(tokens.clip_similarity)
+    return replace(tokens, features=blank(tokens.features), encoder=encoder, clip_similarity=clip)
 
 
 def _rows(tokens: VisualTokens, which: slice) -> VisualTokens:
