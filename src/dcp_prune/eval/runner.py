@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.eval.distances import Reference, check_distances
 from dcp_prune.eval.methods import QUESTION, Method, TextCondition
-from dcp_prune.functional.distribution import kappa
 from dcp_prune.integrations.transformers import (
     EncodedImages,
     embed_question,
@@ -141,10 +140,7 @@ class Runner:
             )
             shift, measured = None, {}
             if kept is not None:
-                tokens = full.tokens
-                rows = batch.index if kept.by_question else slice(None)
-                shift = kappa(kept.features, tokens.features[rows], kept_mask=kept.mask, full_mask=tokens.mask[rows])
-                shift = (shift if kept.by_question else shift[batch.index]).float().cpu().numpy()
+                shift = self._kappa(kept, full.tokens, batch)
                 measured = self._measure(method, kept, full.tokens, encoded.tokens, batch)
             yield Answered(
                 method=method,
@@ -279,21 +275,25 @@ class Runner:
         with the question that it saw."""
         if not self.distances:
             return {}
-        seen = method.text if method.reads_text else QUESTION
-        against = {"eval": batch.reference(full, QUESTION), "run": batch.reference(at_hand, seen)}
-        measured: dict[str, Float[np.ndarray, "q"]] = {}
-        for name in self.distances:
-            values = {}
-            for place, reference in against.items():
-                same = place == "run" and reference is against["eval"]
-                values[place] = (
-                    values["eval"]
-                    if same
-                    else reference.distance(name, kept.features, kept.mask, by_question=kept.by_question)
-                )
-                if values[place] is not None:
-                    measured[f"{place}.{name}"] = values[place].float().cpu().numpy()
-        return measured
+        right = batch.reference(full, QUESTION)
+        seen = batch.reference(at_hand, method.text if method.reads_text else QUESTION)
+        first = right.distances(self.distances, kept.features, kept.mask, by_question=kept.by_question)
+        then = first
+        if seen is not right:
+            then = seen.distances(self.distances, kept.features, kept.mask, by_question=kept.by_question)
+        return {
+            f"{place}.{name}": values.cpu().numpy()
+            for place, found in (("eval", first), ("run", then))
+            for name, values in found.items()
+        }
+
+    def _kappa(self, kept: _Kept, full: VisualTokens, batch: _Batch) -> Float[np.ndarray, "q"]:
+        if kept.features.shape[1] == full.features.shape[1]:
+            return np.zeros(len(batch.asked), dtype=np.float32)
+        found = batch.reference(full, QUESTION).distances(
+            ("kappa",), kept.features, kept.mask, by_question=kept.by_question
+        )
+        return found["kappa"].cpu().numpy()
 
     def _expanded(self, row: Sequence[int], num_tokens: int) -> list[int]:
         at = list(row).index(self.image_id)
@@ -356,7 +356,7 @@ class _Batch:
         return text, words
 
     def reference(self, tokens: VisualTokens, condition: TextCondition) -> Reference:
-        key = (id(tokens), condition)  # the tokens live as long as the batch
+        key = (id(tokens.features), condition)  # the tokens live as long as the batch
         if key not in self._references:
             self._references[key] = Reference(tokens, self.index, *self._text(condition))
         return self._references[key]

@@ -113,9 +113,7 @@ def sliced_wasserstein(
     the full set's root mean channel variance. (Bonneel et al., 2015.) Arguments as in `kappa`; `num_projections`
     directions are drawn from `seed`, the same ones on every device.
     """
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(num_projections, full.shape[-1], generator=generator)
-    directions = torch.nn.functional.normalize(directions, dim=1).to(full.device)
+    directions = random_directions(full.shape[-1], num_projections, seed, device=full.device)
     origin = _origin(full, full_mask)
     values_k, mass_k = _sorted_projection(kept.float() - origin, _mass(kept, kept_mask, None), directions)
     values_f, mass_f = _sorted_projection(full.float() - origin, _mass(full, full_mask, weights), directions)
@@ -125,6 +123,14 @@ def sliced_wasserstein(
     cost = (_quantile(values_k, mass_k, middle) - _quantile(values_f, mass_f, middle)).square()
     _, var_f = _moments(full, full_mask, weights, origin)
     return ((cost * width).sum(dim=-1).mean(dim=-1) / _scale(var_f)).sqrt()
+
+
+def random_directions(
+    width: int, num_projections: int = 64, seed: int = 0, *, device: torch.device | str = "cpu"
+) -> Float[Tensor, "p d"]:
+    """Unit vectors to project on, the same ones on every device; `width` is d."""
+    directions = torch.randn(num_projections, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(directions, dim=1).to(device)
 
 
 def mmd(
