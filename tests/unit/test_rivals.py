@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dcp_prune import InvalidInputError, MissingSignalError, VisualTokens, make_pruner
+from dcp_prune.functional import clustering
 from dcp_prune.functional.clustering import max_coverage, principal_groups
 from dcp_prune.functional.selection import greedy_determinant, ordered_quota, suppress
 from dcp_prune.pruners.holov import HoloVPruner
@@ -78,6 +79,26 @@ def test_principal_groups_are_those_of_the_singular_vectors(channels):
     centred = (features - features.mean(dim=2, keepdim=True)).mT
     expected = torch.linalg.svd(centred).Vh[:, :3].abs().argmax(dim=1)
     assert torch.equal(principal_groups(features, 3), expected)
+
+
+@pytest.mark.parametrize(("signal", "settles"), [(1.0, True), (10.0, True), (0.0, False)])
+def test_principal_groups_of_many_tokens_are_exact_whether_a_few_lanczos_steps_settle_or_not(
+    signal, settles, monkeypatch
+):
+    strengths = torch.tensor([8.0, 7.0, 6.0, 5.0]) * signal
+    features = draw(2, 160, 200) + draw(2, 160, 4, seed=1) * strengths @ draw(2, 4, 200, seed=2)
+    errors: list[float] = []
+
+    def spy(matrix, count, krylov=clustering._krylov_axes):
+        found = krylov(matrix, count)
+        errors.append(float(found[2]))
+        return found
+
+    monkeypatch.setattr(clustering, "_krylov_axes", spy)
+    groups = principal_groups(features, 4)
+    assert [error < clustering._KRYLOV_ERROR for error in errors] == [settles]
+    centred = (features - features.mean(dim=2, keepdim=True)).double().mT
+    assert torch.equal(groups, torch.linalg.svd(centred).Vh[:, :4].abs().argmax(dim=1))
 
 
 @pytest.mark.parametrize(

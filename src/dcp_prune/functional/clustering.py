@@ -190,10 +190,10 @@ def _krylov_axes(
     for step in range(_KRYLOV_STEPS):
         here = slice(step * width, (step + 1) * width)
         known = basis[:, :, : here.start]
-        for _ in range(2):  # once leaves rounding errors that grow from step to step
-            block = block - known @ (known.mT @ block)
-        basis[:, :, here] = torch.linalg.qr(block).Q
-        block = matrix @ basis[:, :, here]
+        for _ in range(2):  # where little is left after the first time, that is rounding error
+            block = torch.linalg.qr(block - known @ (known.mT @ block)).Q
+        basis[:, :, here] = block
+        block = matrix @ block
         images[:, :, here] = block
     small = basis.mT @ images
     values, turn = torch.linalg.eigh((small + small.mT) / 2.0)
