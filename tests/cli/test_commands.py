@@ -32,7 +32,9 @@ def _matches(name: str, text: str) -> None:
     assert text == path.read_text()
 
 
-@pytest.mark.parametrize("command", ["", "demo", "run", "inspect", "list", "testbed", "testbed eval"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "run", "inspect", "list", "testbed", "testbed eval", "compare", "validate"]
+)
 def test_help_reads_as_it_did(dcp_prune: Run, command: str) -> None:
     outcome = dcp_prune(*command.split(), "--help")
     assert outcome.code == 0

@@ -15,7 +15,7 @@ from dcp_prune.cli import _with_bare_json, app
 from dcp_prune.testbed import load as load_module
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("quickstart.md", "how-to/inspect.md")
+PAGES = ("quickstart.md", "how-to/inspect.md", "how-to/compare.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.stats import beta
@@ -29,7 +31,7 @@ def test_the_drawn_bound_agrees_with_the_exact_one() -> None:
 def test_one_more_answer_that_holds_never_lowers_the_bound() -> None:
     images = np.arange(70) // 14
     bounds = [share_lower_bound(np.arange(70) < hits, images) for hits in range(50, 71)]
-    assert all(later >= earlier - 1e-3 for earlier, later in zip(bounds, bounds[1:], strict=False))
+    assert all(later >= earlier - 1e-3 for earlier, later in pairwise(bounds))
     assert bounds[-1] == pytest.approx(0.05 ** (1 / 5))
 
 

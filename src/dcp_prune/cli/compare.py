@@ -1,0 +1,192 @@
+"""`compare`: what pruning changes on one's own images and questions, without knowing the right answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from dcp_prune.cli.common import (
+    Json,
+    Model,
+    Whole,
+    app,
+    check_outputs,
+    environment_now,
+    load_assistant,
+    note,
+    progress_bar,
+    report_result,
+)
+from dcp_prune.errors import InvalidInputError
+
+EXAMPLES = 3
+
+
+@app.command
+def compare(
+    *,
+    images: Annotated[Path, Parameter(help="The folder with your images.")],
+    questions: Annotated[
+        Path,
+        Parameter(
+            help="A text file with one question a line, each asked about every image; or JSON lines with the keys "
+            "image and question."
+        ),
+    ],
+    num_tokens: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="",
+            allow_leading_hyphen=True,
+            help="Visual tokens to keep, with commas between them; if not said: 16,32,64,128.",
+        ),
+    ] = None,
+    model: Model = "testbed",
+    pruner: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="",
+            help="A pruner as name or name(field=value, ...); several times to compare several; if not said: dcp.",
+        ),
+    ] = None,
+    keep: Annotated[float, Parameter(help="The share of answers that shall stay the same, below 1.")] = 0.95,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="Where an answer is cut off at the latest.")] = 32,
+    batch_size: Annotated[int, Whole, Parameter(help="Questions that are answered at once.")] = 8,
+    json: Json = None,
+) -> None:
+    """Find out how few visual tokens are enough for your own images and questions; no right answers are needed.
+
+    Every question is answered with all visual tokens and with each number of tokens. Shown is how many answers stay
+    the same, how far the first word's distribution moves, and what it costs. At the end stands the smallest number of
+    tokens that keeps the wanted share of answers, and how sure that is: with 95 % confidence on images like these,
+    counting all questions about one image as belonging together.
+    """
+    budgets = sorted(whole_numbers(num_tokens or ["16,32,64,128"]), reverse=True)
+    if budgets[-1] < 1:
+        raise InvalidInputError(f"--num-tokens must be at least 1, got {budgets[-1]}")
+    names = list(dict.fromkeys(pruner or ["dcp"]))
+    for option, value in (("--max-new-tokens", max_new_tokens), ("--batch-size", batch_size)):
+        if value < 1:
+            raise InvalidInputError(f"{option} must be at least 1, got {value}")
+    check_outputs(json)
+
+    from dcp_prune.eval import compare as comparing
+    from dcp_prune.eval.methods import plan
+
+    comparing.check_keep(keep)
+    methods = plan(names, budgets)
+    for method in methods:
+        comparing.check_method(method)
+    work = comparing.read_work(images, questions)
+    with progress_bar("Reading the images", then="Reading the images") as advance:
+        remarks = comparing.check_images(work, advance)
+    doubt = comparing.too_few(work, keep, len(names))
+    for remark in (*work.notes, *remarks, *([doubt] if doubt else [])):
+        note(remark)
+    with progress_bar("Loading the model") as advance:
+        assistant = load_assistant(model)
+        comparison = comparing.compare(
+            assistant.model,
+            assistant.processor,
+            work,
+            methods,
+            prompt=assistant.prompt,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=advance,
+        )
+    verdicts = comparing.decide(comparison, keep)
+    result: dict[str, Any] = {
+        "model": assistant.name,
+        "keep": keep,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        **comparing.summarise(comparison, verdicts),
+        "environment": environment_now(),
+    }
+
+    def show(console: Console) -> None:
+        console.print(
+            f"{result['questions']:,} questions about {result['images']:,} images, {assistant.name}\n",
+            highlight=False,
+            markup=False,
+        )
+        console.print(_table(result))
+        for example in _changed(result):
+            console.print(example, highlight=False, markup=False)
+        console.print()
+        for verdict in verdicts:
+            console.print(verdict.sentence, highlight=False, markup=False)
+        console.print(
+            "\nsame: answers equal to those with all tokens but for case, punctuation and articles; in brackets the "
+            "lower bound.\nexact: to the letter. KL: divergence of the first new token's distribution from that with "
+            "all tokens, in nats.\nkappa: shift of the visual tokens. ms: to the first new token, encoder included.",
+            style="dim",
+            highlight=False,
+        )
+
+    report_result(result, json, show)
+
+
+def whole_numbers(given: list[str]) -> list[int]:
+    """The numbers of an option that takes them with commas between them, several times, or both; each once.
+
+    Raises:
+        InvalidInputError: something in between is no whole number.
+    """
+    budgets: dict[int, None] = {}
+    for text in ",".join(given).split(","):
+        try:
+            budgets[int(text)] = None
+        except ValueError:
+            raise InvalidInputError(
+                f"--num-tokens takes whole numbers with commas between them, such as 16,32,64; got {text!r}"
+            ) from None
+    return list(budgets)
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table("pruner", "tokens", "same", "exact", "KL", "kappa", "prefill", "KV MiB", "GFLOP", "ms",
+                  box=None, pad_edge=False)  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in ({"pruner": "all tokens", **result["all_tokens"]}, *result["results"]):
+        quality = ("", "", "", "")
+        if "agreement" in row:
+            quality = (
+                f"{100 * row['agreement']:.1f} % (>= {100 * row['agreement_at_least']:.1f})",
+                f"{100 * row['exact_agreement']:.1f} %",
+                f"{row['kl_first_token_nats']:.3f}",
+                f"{row['kappa']:.2f}",
+            )
+        table.add_row(
+            row["pruner"],
+            str(row["visual_tokens"]),
+            *quality,
+            f"{row['prefill_tokens']:.0f}",
+            f"{row['kv_cache_bytes'] / 2**20:.2f}",
+            "-" if row["prefill_flops"] is None else f"{row['prefill_flops'] / 1e9:,.1f}",
+            f"{row['first_token_ms']:,.0f}",
+        )
+    return table
+
+
+def _changed(result: dict[str, Any]) -> list[str]:
+    """A few answers that the largest budget with any change changed: numbers alone do not say how bad a change is."""
+    for place in range(len(result["results"])):
+        rows = [(row, row["pruned"][place]) for row in result["answers"] if not row["pruned"][place]["same"]]
+        if rows:
+            pruner, tokens = rows[0][1]["pruner"], rows[0][1]["num_tokens"]
+            return [
+                f"\n{pruner} at {tokens} tokens changed {len(rows):,} of {len(result['answers']):,} answers, such as",
+                *(
+                    f"  {Path(row['image']).name}: {row['question']}  {row['all_tokens'][:60]!r} -> "
+                    f"{pruned['answer'][:60]!r}"
+                    for row, pruned in rows[:EXAMPLES]
+                ),
+            ]
+    return []
