@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from dcp_prune.functional.selection import greedy_determinant, ordered_quota, su
 from dcp_prune.pruners.holov import HoloVPruner
 from dcp_prune.pruners.mmtok import MMTokPruner
 from dcp_prune.pruners.visionzip import VisionZipPruner, even_sample
+
+RIVALS = ("visionzip holov flowcut prunesid scope mmtok divprune cdpruner vispruner otprune").split()
+PAGES = Path(__file__).parents[2] / "docs" / "methods"
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -202,3 +207,40 @@ def test_vispruner_drops_duplicates_first():
 def test_a_senseless_option_is_refused_by_name(name, option):
     with pytest.raises(InvalidInputError, match=next(iter(option)).removeprefix("text_")):
         make_pruner(name, num_tokens=4, **option)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_the_page_of_a_rival_says_all_that_a_reader_needs(name):
+    page = (PAGES / f"{name}.md").read_text()
+    said = re.findall(r"\*\*(Idea|Formula|Defaults|Cost|Strong|Weak|Released code)\b", page)
+    assert said == ["Idea", "Formula", "Defaults", "Cost", "Strong", "Weak", "Released code"]
+    assert re.search(r"Paper: \[arXiv \d{4}\.\d{5}\]\(https://arxiv\.org/abs/", page)
+    assert re.search(r"Code:\s\[[\w/-]+\]\(https://github\.com/", page)
+    defaults = page.partition("**Defaults.**")[2].partition("**Cost.**")[0]
+    assert {"64", "32", "16"} <= set(re.findall(r"\d+", defaults))
+
+
+def test_the_table_of_releases_names_every_rival_and_every_option_that_reproduces_one():
+    table = (PAGES / "README.md").read_text()
+    for name in RIVALS:
+        title = (PAGES / f"{name}.md").read_text().split()[1]
+        assert f"\n| {title} |" in table
+    for name, option in [
+        ("visionzip", "cls_in_budget"),
+        ("prunesid", "cls_in_budget"),
+        ("flowcut", "batch_drop"),
+        ("cdpruner", "relevance_extent"),
+    ]:
+        assert option in table
+        assert hasattr(make_pruner(name, num_tokens=4), option)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("name", ["prunesid", "vispruner"])
+def test_budgets_at_which_the_released_code_crashes_are_met_exactly(name, k):
+    tokens = VisualTokens.from_features(
+        draw(2, 31, 8), encoder_features=draw(2, 31, 8), cls_attention=draw(2, 31, seed=1).softmax(dim=1)
+    )
+    kept = make_pruner(name, num_tokens=k)(tokens).indices
+    assert kept.shape == (2, k)
+    assert (kept.diff(dim=1) > 0).all()
