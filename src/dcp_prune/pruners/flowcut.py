@@ -175,7 +175,7 @@ def flow_score(
         affinity: `EncoderTokens.cls_value_affinity`, 0 for padding. `b n`.
         values: averaged over heads. `b n c`.
     """
-    return (_share(attention) + _share(affinity)) * values.abs().sum(dim=2)
+    return (_share(attention) + _share(affinity)) * torch.linalg.vector_norm(values, ord=1, dim=2)
 
 
 def attention_entropy(attention: Float[Tensor, "b n"]) -> Float[Tensor, "b"]:
