@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dcp_prune.eval.stats import _t_quantile, accuracy, paired_difference
+from dcp_prune.eval.stats import accuracy, paired_difference, t_quantile
 
 
 def _simulated(rng: np.random.Generator, images: int, questions: int, share: float, spread: float) -> np.ndarray:
@@ -108,4 +108,4 @@ def test_what_cannot_be_estimated_is_refused() -> None:
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.1824), (10, 2.2281), (30, 2.0423), (1000, 1.9623)])
 def test_the_t_quantile_matches_the_tables(freedom: int, quantile: float) -> None:
-    assert _t_quantile(freedom) == pytest.approx(quantile, rel=0.01)
+    assert t_quantile(freedom) == pytest.approx(quantile, rel=0.01)

@@ -59,7 +59,7 @@ def accuracy(correct: Bool[np.ndarray, " n"], cluster: Int[np.ndarray, " n"]) ->
         variance = groups / (groups - 1) * float(((sums - share * sizes) ** 2).sum()) / n**2
         # Fewer independent answers than images is possible only by chance, and so is more than there are answers.
         effective = float(np.clip(share * (1 - share) / max(variance, 1e-12), 1.0, n))
-    z = _t_quantile(groups - 1)
+    z = t_quantile(groups - 1)
     centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z / (1 + z**2 / effective) * (share * (1 - share) / effective + z**2 / (4 * effective**2)) ** 0.5
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), n, groups)
@@ -97,7 +97,7 @@ def paired_difference(
     if groups == 1:  # one image says nothing about the next
         return Estimate(mean, -1.0, 1.0, n, groups)
     draws = _resampled_means(sums, sizes, resamples, np.random.default_rng(seed))
-    tail = NormalDist().cdf(-((groups / (groups - 1)) ** 0.5) * _t_quantile(groups - 1))
+    tail = NormalDist().cdf(-((groups / (groups - 1)) ** 0.5) * t_quantile(groups - 1))
     low, high = np.quantile(draws, (tail, 1 - tail))
     return Estimate(mean, float(low), float(high), n, groups)
 
@@ -216,7 +216,7 @@ def _resampled_means(
     return np.concatenate(means)
 
 
-def _t_quantile(freedom: int) -> float:
+def t_quantile(freedom: int) -> float:
     """Student's two-sided quantile at `CONFIDENCE` by its expansion in 1/freedom; within 1 % from 3 degrees on."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     v = max(freedom, 1)

@@ -1,0 +1,30 @@
+"""docs/results.md says what the committed records say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dcp_prune.report.cells import digest
+from dcp_prune.report.pages import main
+
+PROJECT = Path(__file__).parents[2]
+PAGE = PROJECT / "docs" / "results.md"
+
+
+def test_the_page_was_drawn_from_the_very_records_that_are_there():
+    folders = sorted(path.parent for path in (PROJECT / "results" / "sweeps").glob("*/manifest.json"))
+    shown = re.findall(r"\]\(\.\./(results/sweeps/[^)]+)\) \(([0-9a-f]{12})\)", PAGE.read_text())
+    assert sorted(shown) == [(folder.relative_to(PROJECT).as_posix(), digest(folder)) for folder in folders]
+
+
+def test_every_figure_of_the_page_is_there_and_no_other():
+    figures = {path.name for path in (PROJECT / "docs" / "figures").glob("*.png")}
+    assert figures == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE.read_text()))
+
+
+@pytest.mark.slow
+def test_rebuilding_the_page_changes_nothing():
+    assert main(["--check", str(PAGE)]) == 0

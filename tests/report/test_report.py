@@ -1,0 +1,224 @@
+"""The whole report: its parts, what they say, and what they say when something is missing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcp_prune.errors import InvalidInputError
+from dcp_prune.report.build import build, write
+from dcp_prune.report.cells import load_cells
+from dcp_prune.report.pages import main as pages
+from dcp_prune.report.predictors import Prediction
+from dcp_prune.report.scores import Scores
+from dcp_prune.report.sections import SECTIONS, Analysis, Output
+from dcp_prune.report.targets import targets
+
+ONES = np.ones(240)
+
+
+@pytest.fixture(scope="module")
+def files(graded_folder) -> dict[str, bytes]:
+    return build([graded_folder], graded_folder.parent / "out", resamples=200)
+
+
+def section(files: dict[str, bytes], kind: str) -> str:
+    page = files["report.md"].decode()
+    return page.partition(f"## {SECTIONS[kind][0]}\n")[2].partition("\n## ")[0]
+
+
+def part(folder: Path, kind: str) -> tuple[str, dict[str, bytes]]:
+    """One part alone, and its files."""
+    out = Output(folder.parent / "out", formats=("png",))
+    return SECTIONS[kind][1]([Analysis(cell, 300) for cell in load_cells([folder])], out), out.files
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Fields of every row of the tables by the row's name."""
+    found = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip(" `*"): [field.strip() for field in row[1:]] for row in found}
+
+
+def test_every_part_is_there_and_every_link_leads_to_a_file(files):
+    page = files["report.md"].decode()
+    assert [title for title, _ in SECTIONS.values()] == re.findall(r"^## (.*)$", page, re.MULTILINE)
+    assert "Not here" not in page
+    figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+    assert set(figures) == {name for name in files if name.endswith(".png")}
+    assert len(figures) == 4
+    for name in files:
+        if name.endswith(".png"):
+            assert Image.open(BytesIO(files[name])).width > 800
+            assert files[name.replace(".png", ".svg")].startswith(b"<?xml")
+    assert {name for name in files if name.endswith(".tex")} >= {"tables/tasks-weak-crowded.tex", "tables/aims.tex"}
+    assert all(name.replace(".tex", ".md") in files for name in files if name.endswith(".tex"))
+
+
+def test_equal_records_give_equal_bytes_and_other_records_other_ones(files, graded_folder):
+    analyses = [Analysis(cell, 200) for cell in load_cells([graded_folder])]
+    for kind in ("tokens", "prediction"):
+        out = Output(graded_folder.parent / "out")
+        SECTIONS[kind][1](analyses, out)
+        assert out.files
+        assert all(files[name] == data for name, data in out.files.items())
+    # Another sample of the same size moves the points.
+    cell = analyses[0].cell
+    out = Output(graded_folder.parent / "out", formats=("png",))
+    SECTIONS["tokens"][1]([Analysis(replace(cell, score=cell.score[:, ::-1] * 0.9), 200)], out)
+    (name,) = out.files
+    assert out.files[name] != files[name]
+
+
+def test_the_best_is_bold_only_where_it_is_surely_ahead_and_ties_are_marked(sweep, tmp_path):
+    rng = np.random.default_rng(0)
+    right = rng.random(240) < 0.8
+    made = sweep().add("none", 576, ONES, 0.0).add("none", 0, np.zeros(240))
+    made.add("dcp", 32, right, 0.1).add("scope", 32, right & (rng.random(240) < 0.7), 0.1).add("holov", 32, ONES * 0, 0)
+    made.add("dcp", 16, right, 0.1).add("scope", 16, np.roll(right, 3), 0.1).add("holov", 16, ONES * 0, 0.3)
+    text, files = part(made.write(), "summary")
+    found = rows(text)
+    assert found["dcp"][0].startswith("**")
+    assert "†" in found["dcp"][1]
+    assert "†" in found["scope"][1]
+    assert not re.search("[†*]", found["holov"][1] + found["scope"][0])
+    latex = files["tables/summary-weak-crowded.tex"].decode()
+    assert latex.count(r"\textbf") == 1
+    assert latex.count(r"\dagger") == 2
+
+
+def test_leads_have_verdicts_and_the_best_rival_comes_first(files):
+    found = rows(section(files, "leads"))
+    assert list(found)[2:4] == ["mmtok", "scope"]
+    assert found["random"][1::2] == ["ahead"] * 3
+    assert all(re.fullmatch(r"\+\d+\.\d \[\+\d+\.\d, \+\d+\.\d\]", lead) for lead in found["random"][::2])
+
+
+def test_the_ablation_and_the_noise_name_every_variant_and_condition(files):
+    found = rows(section(files, "ablation"))
+    assert {"dcp(threshold=inf)", "dcp@none", "dcp@wrong", "dcp@noise=0.5", "dcp@noise=1"} <= set(found)
+    assert not any(name.startswith("mmtok") for name in found)
+    assert found["dcp(threshold=inf)"][0].startswith("-")
+    text = rows(section(files, "text"))
+    assert {"the question", "noise 0.5", "noise 1", "another image's question", "nothing"} <= set(text)
+    assert text["another image's question"][-1] == "against `dcp@none`"
+    assert text["nothing"][1:] == [""] * 4  # MMTok needs a question
+
+
+def test_predictors_are_shown_with_kappa_and_all_are_in_the_file(files):
+    found = rows(section(files, "prediction"))
+    assert list(found)[2] == "run.coverage_both"
+    assert set(found) >= {"kappa", "eval.mmd"}
+    assert all(len(row) == 10 for row in found.values())
+
+
+def test_aims_are_met_missed_or_tied_by_their_intervals(sweep):
+    rng = np.random.default_rng(0)
+    right = rng.random(240) < 0.95
+    made = (
+        sweep().add("none", 576, ONES, 0.0).add("dcp", 16, right, 0.1).add("scope", 16, right & (rng.random(240) < 0.5))
+    )
+    made.add("dcp", 32, right, 0.1).add("scope", 32, right, 0.1)
+    made.add("dcp", 64, right & (rng.random(240) < 0.5)).add("scope", 64, right)
+    (cell,) = load_cells([made.write()])
+    scores = Scores(cell, resamples=300)
+    verdicts = {target.aim: target.verdict for target in targets(scores, Prediction(scores))}
+    assert verdicts["`dcp` first at 16 tokens: lead over the best rival"] == "met"
+    assert verdicts["`dcp` first at 32 tokens: lead over the best rival"] == "tie"
+    assert verdicts["`dcp` first at 64 tokens: lead over the best rival"] == "missed"
+    assert verdicts["at least 4,000 held-out questions"] == "missed"
+    assert [verdict for aim, verdict in verdicts.items() if "run time" in aim] == ["not measured"]
+
+
+def test_what_is_missing_is_said_where_it_would_be(sweep):
+    folder = sweep().add("dcp", 16, ONES, 0.1).write()
+    for kind in ("summary", "tasks", "radar"):
+        assert "*Not here: the unpruned model was not measured; sweep `--pruner none`" in part(folder, kind)[0]
+    assert "*Not here: nothing was measured with another text than the question.*" in part(folder, "text")[0]
+    assert "three points" in part(folder, "prediction")[0]
+    assert "not measured" in part(folder, "aims")[0]
+    assert "nan" not in part(folder, "aims")[0]
+    alone = sweep("alone").add("none", 576, ONES, 0.0).add("dcp", 16, ONES, 0.1).write()
+    assert "*Not here: `dcp` and another pruner were not measured at one budget.*" in part(alone, "leads")[0]
+    assert "*Not here: no variant of `dcp` was measured beside `dcp`.*" in part(alone, "ablation")[0]
+
+
+def test_without_the_floor_only_the_second_form_is_missing(sweep):
+    text, _ = part(sweep().add("none", 576, ONES, 0.0).add("dcp", 16, ONES, 0.1).write(), "tasks")
+    assert "No score above the floor: the floor was not measured" in text
+    assert rows(text)["dcp"][-1].startswith("100.0")
+
+
+def test_one_image_and_questions_of_ones_own_make_a_report_without_intervals_and_aims(graded):
+    source = {"kind": "jsonl", "path": "data/mine.jsonl", "questions": 6}
+    made = graded(images=1, budgets=(16,))
+    made.source = source
+    folder = made.write(model={"name": "llava-hf/llava-1.5-7b-hf"})
+    assert part(folder, "summary")[0].startswith("### `llava-1.5-7b-hf`, mine")
+    assert "There is one image only" in part(folder, "measured")[0]
+    assert part(folder, "aims")[0] == "*These records are not from the testbed, for which the aims are set.*"
+    text = "".join(part(folder, kind)[0] for kind in ("tokens", "summary", "tasks", "leads", "ablation", "prediction"))
+    assert "Not here" not in text
+    assert not re.search(r"\d \[", text)
+    assert "nan" not in text
+
+
+def test_writing_leaves_foreign_files_alone_and_refuses_a_file_as_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    write({"tables/a.md": b"a", "report.md": b"r"}, tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "tables" / "a.md").read_bytes() == b"a"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInputError, match="it is a file; name a folder"):
+        write({"report.md": b""}, tmp_path / "file")
+
+
+@pytest.fixture
+def document(graded, tmp_path) -> Path:
+    graded("results/sweeps/weak-crowded", budgets=(32, 16)).write()
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs" / "results.md"
+    kinds = ("measured", "summary", "radar")
+    marks = "".join(f"<!-- table:begin {kind} ../results/sweeps -->\n<!-- table:end -->\nbetween\n" for kind in kinds)
+    path.write_text(f"# Results\n{marks}")
+    return path
+
+
+def test_a_document_is_rebuilt_between_its_marks_and_then_without_a_difference(document):
+    assert pages(["--check", str(document)]) == 1
+    assert not (document.parent / "figures").exists()  # checking writes nothing
+    assert pages([str(document)]) == 0
+    text = document.read_text()
+    assert text.count("\nbetween\n") == 3
+    assert "](../results/sweeps/weak-crowded) (" in text
+    for figure in re.findall(r"\]\((figures/[^)]+)\)", text):
+        assert (document.parent / figure).is_file()
+    assert pages(["--check", str(document)]) == 0
+    (document.parent / "figures" / "radar-weak-crowded.png").write_bytes(b"old")
+    assert pages(["--check", str(document)]) == 1
+
+
+def test_a_page_elsewhere_shows_the_figures_of_the_docs(document):
+    readme = document.parents[1] / "README.md"
+    readme.write_text("<!-- table:begin tokens results/sweeps/weak-crowded -->\n<!-- table:end -->\n")
+    assert pages([str(readme)]) == 0
+    assert "](docs/figures/tokens-weak-crowded.png)" in readme.read_text()
+    assert (document.parent / "figures" / "tokens-weak-crowded.png").is_file()
+
+
+def test_records_that_are_not_there_yet_and_unknown_kinds_are_said(document, capsys):
+    shutil.rmtree(document.parents[1] / "results")
+    assert pages([str(document)]) == 0
+    assert "*Not measured yet: no records in `../results/sweeps`.*" in document.read_text()
+    document.write_text("<!-- table:begin sumary ../results/sweeps -->\n<!-- table:end -->\n")
+    with pytest.raises(InvalidInputError, match="unknown part 'sumary'; the kinds are"):
+        pages([str(document)])
+    with pytest.raises(InvalidInputError, match="name the documents"):
+        pages([])
