@@ -11,7 +11,7 @@ CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lmms-eval lint format bench results readme train-testbed
+.PHONY: help demo test test-lmms-eval lint format bench results readme report train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ results: $(RUNTIME) ## measure quality on held-out seeds for the README: both ch
 
 readme: $(RUNTIME) ## rebuild the README's tables from results/
 	$(BIN)/python -m dcp_prune.report.tables README.md
+
+report: $(DEV) ## rebuild docs/results.md and its figures from the records in results/sweeps
+	$(BIN)/python -m dcp_prune.report.pages docs/results.md
 
 train-testbed: $(RUNTIME) ## train the testbed model, going on from its last checkpoint (hours on a CPU)
 	$(BIN)/python -m dcp_prune.testbed.train $(ARGS)
