@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import floor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,7 +159,7 @@ def _table(result: dict[str, Any]) -> Table:
         quality = ("", "", "", "")
         if "agreement" in row:
             quality = (
-                f"{100 * row['agreement']:.1f} % (>= {100 * row['agreement_at_least']:.1f})",
+                f"{100 * row['agreement']:.1f} % (>= {floor(1000 * row['agreement_at_least']) / 10:.1f})",
                 f"{100 * row['exact_agreement']:.1f} %",
                 f"{row['kl_first_token_nats']:.3f}",
                 f"{row['kappa']:.2f}",
