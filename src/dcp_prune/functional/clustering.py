@@ -193,7 +193,7 @@ def _krylov_axes(
         for _ in range(2):  # where little is left after the first time, that is rounding error
             block = torch.linalg.qr(block - known @ (known.mT @ block)).Q
         basis[:, :, here] = block
-        block = matrix @ block
+        block = (block.mT @ matrix).mT  # it is symmetric, and this way round several times as fast on a CPU
         images[:, :, here] = block
     small = basis.mT @ images
     values, turn = torch.linalg.eigh((small + small.mT) / 2.0)

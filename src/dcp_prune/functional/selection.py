@@ -161,6 +161,6 @@ def suppress(
     allowed.diagonal(dim1=1, dim2=2).fill_(True)
     alive = scores.new_ones(b, n, dtype=torch.bool) if mask is None else mask.gather(1, order)
     columns = allowed.mT.contiguous()  # row i: which later tokens tolerate token i
-    for columns_i, alive_i in zip(columns.unbind(1), alive.unbind(1), strict=True):
-        alive.logical_and_(columns_i.ge_(alive_i.unsqueeze(1)))  # tolerated, or i is not alive
+    for columns_i, alive_i in zip(columns.unbind(1), alive.split(1, dim=1), strict=True):
+        alive.logical_and_(columns_i.ge_(alive_i))  # tolerated, or i is not alive
     return torch.empty_like(alive).scatter(1, order, alive)

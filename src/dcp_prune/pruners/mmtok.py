@@ -54,12 +54,12 @@ class MMTokPruner(SelectionPruner):
         The authors leave out patches on the border that makes a picture square, which no other method does.
         """
         encoded, text = self.read(tokens, Signal.ENCODER_FEATURES), self.read(tokens, Signal.TEXT)
-        padding = ~tokens.mask.unsqueeze(1)
+        closed = torch.zeros_like(encoded[..., 0]).masked_fill_(~tokens.mask, -torch.inf).unsqueeze(1)
         words = torch.ones_like(text[..., 0]) if tokens.text_mask is None else tokens.text_mask.to(text.dtype)
         text = text.masked_fill(words.unsqueeze(-1) == 0, 0.0)
         of_words = cosine_similarity(text, tokens.features).div_(self.text_temperature)
         of_tokens = cosine_similarity(encoded).div_(self.vision_temperature)
-        affinities = [each.masked_fill_(padding, -torch.inf).softmax(dim=2) for each in (of_words, of_tokens)]
+        affinities = [each.add_(closed).softmax(dim=2) for each in (of_words, of_tokens)]
         real = tokens.mask.to(of_tokens.dtype)
         demands = [
             words / words.sum(dim=1, keepdim=True).clamp(min=1.0),
