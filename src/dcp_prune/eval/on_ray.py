@@ -12,6 +12,7 @@ from dcp_prune.eval.sweep import Block, Part, Piece, Session, Source, answer_blo
 
 try:
     import ray
+    from ray.exceptions import RayError, RayTaskError
 except ModuleNotFoundError as missing:
     raise DcpPruneError("--ray needs ray, which is not installed; run: pip install 'dcp-prune[ray]'") from missing
 
@@ -64,11 +65,11 @@ def work_on_ray(
 def _result(reference: ray.ObjectRef) -> bytes:
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, DcpPruneError):
             raise error.cause from None
         raise DcpPruneError(f"a Ray task failed: {error.cause}; finished parts are kept") from error
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise DcpPruneError(
             f"a Ray task was lost: {' '.join(str(error).split())[:200]}; finished parts are kept, so run the same "
             "command again"
