@@ -20,9 +20,7 @@ from dcp_prune.errors import DcpPruneError, InvalidInputError
 from dcp_prune.files import check_writable, write_atomically
 from dcp_prune.report.cells import load_cells
 from dcp_prune.report.sections import SECTIONS, Analysis, Output
-from dcp_prune.report.tables import _MARK as MARK
-from dcp_prune.report.tables import TABLES
-from dcp_prune.report.tables import _table as table
+from dcp_prune.report.tables import MARK, TABLES, draw_table
 
 
 def render(text: str, folder: Path) -> tuple[str, dict[str, bytes]]:
@@ -41,7 +39,7 @@ def render(text: str, folder: Path) -> tuple[str, dict[str, bytes]]:
 
     def part(kind: str, name: str) -> str:
         if kind in TABLES:
-            return table(kind, name, folder)
+            return draw_table(kind, name, folder)
         if kind not in SECTIONS:
             raise InvalidInputError(f"unknown part {kind!r}; the kinds are {', '.join(sorted({*TABLES, *SECTIONS}))}")
         if not any((folder / name).glob("**/manifest.json")):

@@ -27,6 +27,8 @@ Value = TypeVar("Value")
 
 SHOWN = 8
 """Distances in the page's tables; the files hold all."""
+DRAWN = 3
+"""Budgets with a panel of their own in a figure, the smallest ones; the tables have all."""
 RIVALS = 5
 """Rivals on the radar, the best ones at the smallest budget."""
 
@@ -211,7 +213,7 @@ def _radar(analysis: Analysis, out: Output) -> str:
             for name in shown
             if (place := cell.place(name, budget)) is not None
         }
-        for budget in cell.budgets[-3:]
+        for budget in cell.budgets[-DRAWN:]
     }
     return out.figure(
         f"radar-{cell.slug}",
@@ -381,7 +383,7 @@ def _text(analysis: Analysis, out: Output) -> str:
     figure = out.figure(
         f"noise-{cell.slug}",
         f"Relative score against the share of noise in the question, {cell.name}",
-        lambda: noise_curves(cell.name, panels, _looks(cell, names)),
+        lambda: noise_curves(cell.name, dict([*panels.items()][-DRAWN:]), _looks(cell, names)),
     )
     return _paragraphs(
         figure,

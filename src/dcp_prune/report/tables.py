@@ -27,7 +27,7 @@ Result = Mapping[str, Any]
 NONE = "none"
 """Pruner of the rows that were not pruned: all tokens, or, with 0 tokens, no image."""
 
-_MARK = re.compile(
+MARK = re.compile(
     r"(?P<begin><!-- table:begin (?P<kind>\S+) (?P<file>\S+) -->\n).*?(?P<end><!-- table:end -->)", re.DOTALL
 )
 
@@ -131,9 +131,9 @@ def rebuild(text: str, folder: Path) -> str:
         kind, name = mark["kind"], mark["file"]
         if kind not in TABLES:
             raise InvalidInputError(f"a table mark asks for {kind!r}; the kinds are {', '.join(sorted(TABLES))}")
-        return f"{mark['begin']}{_table(kind, name, folder)}\n{mark['end']}"
+        return f"{mark['begin']}{draw_table(kind, name, folder)}\n{mark['end']}"
 
-    return _MARK.sub(draw, text)
+    return MARK.sub(draw, text)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -158,7 +158,12 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if check and stale else 0
 
 
-def _table(kind: str, name: str, folder: Path) -> str:
+def draw_table(kind: str, name: str, folder: Path) -> str:
+    """A result file's table with a line on where it comes from; a file that is not there yet is said to be missing.
+
+    Raises:
+        InvalidInputError: the file holds no such results.
+    """
     path = folder / name
     if not path.is_file():
         return f"*Not measured yet: no `{name}`.*"

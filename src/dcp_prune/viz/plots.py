@@ -144,7 +144,7 @@ def styles(names: Sequence[str], first: str, plain: Sequence[str] = ()) -> dict[
 def token_curves(title: str, panels: Sequence[Panel], looks: Mapping[str, Style]) -> Figure:
     """Values against kept tokens, panels side by side, with one legend in the order of the first panel's left end."""
     with _drawing():
-        figure = _figure(4.1 * len(panels) + 1.8, 3.9)
+        figure = _figure(4.1 * len(panels) + 1.8, _height(len(panels[0].curves)))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             for curve in panel.curves:
@@ -252,9 +252,10 @@ def noise_curves(
 def clouds(title: str, panels: Sequence[Cloud], looks: Mapping[str, Style]) -> Figure:
     """Distance against accuracy, a point for every method and budget; larger points keep more tokens."""
     with _drawing():
-        figure = _figure(4.1 * len(panels) + 1.8, 3.9)
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        names = sorted({point[0] for panel in panels for point in panel.points}, key=lambda n: (-looks[n].order, n))
         budgets = sorted({point[1] for panel in panels for point in panel.points})
+        figure = _figure(4.1 * len(panels) + 1.8, _height(len(names) + 5))
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         area = dict(zip(budgets, np.linspace(30, 110, len(budgets)) if len(budgets) > 1 else [45.0], strict=True))
         for axis, panel in zip(axes, panels, strict=True):
             for name, budget, x, y in panel.points:
@@ -269,10 +270,9 @@ def clouds(title: str, panels: Sequence[Cloud], looks: Mapping[str, Style]) -> F
             axis.margins(0.06)
             axis.set(title=panel.title, xlabel=panel.xlabel)
         axes[0].set_ylabel("accuracy, %")
-        names = sorted({point[0] for panel in panels for point in panel.points}, key=lambda n: (-looks[n].order, n))
         sizes = [
             Line2D([], [], linestyle="", marker="o", color="#BFBFBF", markersize=area[budget] ** 0.5, label=f"{budget}")
-            for budget in budgets
+            for budget in sorted({budgets[0], budgets[len(budgets) // 2], budgets[-1]})
         ]
         _legend(figure, names, looks, sizes, joined=False)
         _title(figure, title)
@@ -301,6 +301,11 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _height(entries: int) -> float:
+    """Inches of a figure whose legend has so many entries."""
+    return max(3.9, 0.6 + 0.192 * entries)
 
 
 def _title(figure: Figure, title: str) -> None:
