@@ -35,8 +35,9 @@ format: $(DEV) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, here (ARGS=--tiny tries it out in seconds)
+bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, and each selection by itself (ARGS=--tiny tries it out)
 	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
+	$(BIN)/python -m dcp_prune.profiling.selection $(or $(ARGS),--authors results/selection-authors.json --json results/selection-cpu.json)
 
 results: $(RUNTIME) ## measure quality on held-out seeds for the README: both checkpoints and difficulties (LIMIT=1000 questions)
 	for checkpoint in weak aligned; do \
@@ -50,8 +51,8 @@ results: $(RUNTIME) ## measure quality on held-out seeds for the README: both ch
 			--json results/testbed-$$checkpoint-standard.json || exit; \
 	done
 
-readme: $(RUNTIME) ## rebuild the README's tables from results/
-	$(BIN)/python -m dcp_prune.report.tables README.md
+readme: $(RUNTIME) ## rebuild the tables of README.md and docs/performance.md from results/
+	$(BIN)/python -m dcp_prune.report.tables README.md docs/performance.md
 
 report: $(DEV) ## rebuild docs/results.md and its figures from the records in results/sweeps
 	$(BIN)/python -m dcp_prune.report.pages docs/results.md

@@ -157,7 +157,7 @@ def test_a_result_that_is_not_there_yet_is_said_to_be_missing(tmp_path):
 
 
 def test_an_unknown_kind_of_table_and_a_broken_result_are_one_sentence(document):
-    with pytest.raises(InvalidInputError, match="the kinds are cost, paired, published, quality, tasks"):
+    with pytest.raises(InvalidInputError, match="the kinds are cost, paired, published, quality, selection, tasks"):
         rebuild(DOCUMENT.replace("quality", "quantity"), document.parent)
     (document.parent / "results" / "q.json").write_text('{"results": [{}]}')
     with pytest.raises(InvalidInputError, match=r"q\.json holds no quality results"):

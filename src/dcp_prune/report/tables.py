@@ -110,12 +110,30 @@ def published(result: Result) -> str:
     return _markdown(["method", *(f"{budget} tokens" for budget in budgets)], body)
 
 
+def selection(result: Result) -> str:
+    """What choosing tokens costs by itself: CPU ms (wall ms) of each pruner, its authors' code, and which is faster."""
+    times, theirs = _times(result["results"]), _times((result.get("authors") or {"results": []})["results"])
+    settings = list(dict.fromkeys(setting for _, setting in times))
+    header = ["pruner"]
+    for images, tokens, kept in settings:
+        header += [f"{images} x {tokens}, {kept} each: ours", "authors'", "verdict"]
+    body = []
+    for name in sorted({name for name, _ in times}):
+        cells = [f"`{name}`"]
+        for setting in settings:
+            ours, other = times.get((name, setting)), theirs.get((name, setting))
+            cells += [_clocks(ours), _clocks(other), "" if ours is None or other is None else _verdict(ours, other)]
+        body.append(cells)
+    return _markdown(header, body)
+
+
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "quality": quality,
     "tasks": tasks,
     "paired": paired,
     "cost": cost,
     "published": published,
+    "selection": selection,
 }
 """Name in a document's mark -> what draws the table."""
 
@@ -196,6 +214,26 @@ def _name(row: Result) -> str:
     if row["pruner"] != NONE:
         return f"`{row['pruner']}`"
     return "all tokens" if row["num_tokens"] else "no image"
+
+
+def _times(rows: Sequence[Result]) -> dict[tuple[str, tuple[int, int, int]], Result]:
+    return {(row["pruner"], (row["images"], row["tokens"], row["num_tokens"])): row for row in rows}
+
+
+def _clocks(row: Result | None) -> str:
+    return "" if row is None else f"{_brief(row['cpu_ms'])} ({_brief(row['wall_ms'])}){'*' * ('one_sequence' in row)}"
+
+
+def _brief(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 9.95 else f"{milliseconds:.1f}"
+
+
+def _verdict(ours: Result, theirs: Result) -> str:
+    """By CPU time; within a twentieth the two are called equal."""
+    factor = theirs["cpu_ms"] / ours["cpu_ms"]
+    if 0.95 <= factor <= 1.05:
+        return "equal"
+    return f"{factor:.1f} x faster" if factor > 1 else f"{1 / factor:.1f} x slower"
 
 
 def _lead(row: Result | None) -> str:
