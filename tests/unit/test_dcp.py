@@ -289,8 +289,10 @@ OTHER_VALUES = {
     "first_choice": "saliency",
     "trigger": "mmd",
     "threshold": math.inf,
-    "space": "encoder",
-    "centres": "facility_location",
+    "space": "language",
+    "centres": "k_center",
+    "centre_temperature": 1.0,
+    "centre_sigma": 0.3,
     "coverage_weight": 5.0,
     "saliency_weight": 1.0,
     "text_weight": 0.0,
@@ -341,6 +343,8 @@ def test_every_field_has_an_effect(field):
         ("trigger", "kapa"),
         ("space", "pixels"),
         ("centres", "kmeans"),
+        ("centre_temperature", 0.0),
+        ("centre_sigma", -1.0),
         ("gate", True),
         ("recovery", -0.1),
         ("recovery", math.nan),
@@ -375,5 +379,10 @@ def test_rules_that_need_attention_say_so():
     assert DCPPruner(num_tokens=K)(bare).indices.shape == (2, K)
     with pytest.raises(MissingSignalError, match="partition rule 'saliency'"):
         DCPPruner(num_tokens=K, first_choice="saliency")(bare)
-    with pytest.raises(MissingSignalError, match="space='encoder'"):
-        DCPPruner(num_tokens=K, space="encoder")(bare)
+
+
+def test_without_features_of_the_encoder_those_of_the_language_model_count():
+    tokens = scene(9)
+    bare = replace(tokens, encoder=None)
+    chosen, same = (DCPPruner(num_tokens=K, space=space)(bare).indices for space in ("encoder", "language"))
+    assert torch.equal(chosen, same)

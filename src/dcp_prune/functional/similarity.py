@@ -66,3 +66,10 @@ def scale_to_peak(scores: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None
 def gather_tokens(features: Float[Tensor, "b n d"], kept: Tensor) -> Float[Tensor, "b k d"]:
     """The tokens at the positions `kept`, `b k`, of each row."""
     return features.gather(1, kept.unsqueeze(-1).expand(*kept.shape, features.shape[-1]))
+
+
+def squared_distance(points: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n n"]:
+    """Squared Euclidean distance between every two points, exact for whole coordinates."""
+    points = points.float()
+    lengths = points.square().sum(dim=-1)
+    return (lengths.unsqueeze(2) + lengths.unsqueeze(1) - 2.0 * points @ points.mT).clamp(min=0.0)

@@ -28,7 +28,7 @@ from dcp_prune.functional.relevance import (
     word_strength,
 )
 from dcp_prune.functional.selection import farthest_point, masked_topk
-from dcp_prune.functional.similarity import cosine_similarity, gather_tokens, scale_to_peak
+from dcp_prune.functional.similarity import cosine_similarity, gather_tokens, scale_to_peak, squared_distance
 from dcp_prune.pruners.base import EncoderStage, Pruner, Selection, missing_signals
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
@@ -126,8 +126,14 @@ class DCPPruner(Pruner):
             `functional.distribution.DISTANCES`. `coverage` is weighted by saliency and question, the others are not.
         threshold: re-select where the distance is above it; 0 always re-selects, inf never.
 
-        space: features in which tokens are alike: the `language` model's (after the projector) or the `encoder`'s.
+        space: features in which tokens are alike: the `encoder`'s (those of the language model where the tokens carry no
+            others) or the `language` model's, after the projector.
         centres: how cluster centres are found: `facility_location` or `k_center` (farthest point).
+        centre_temperature: of the softmax by which each token shares out its demand among those that could represent
+            it, in facility location; so a thing asks for one representative, not for one per patch. None covers plain
+            cosines, where what fills the image wins. (The softmax is MMTok's.)
+        centre_sigma: reach in patches within which a token that the question speaks of accepts a representative, so
+            that two things of one kind are counted as two; it fades with relevance. None accepts any distance.
         coverage_weight: every token's share in the weights w = coverage_weight + saliency_weight * saliency
             + text_weight * relevance ** relevance_power; above 0, so that no question can hide the image.
         saliency_weight: of the [CLS] attention, scaled to a peak of 1; without such attention the term is 0.
@@ -164,9 +170,11 @@ class DCPPruner(Pruner):
     trigger: str = "coverage"
     threshold: float = 0.0
 
-    space: Space = "language"
-    centres: Centres = "k_center"
-    coverage_weight: float = 0.1
+    space: Space = "encoder"
+    centres: Centres = "facility_location"
+    centre_temperature: float | None = 0.2
+    centre_sigma: float | None = 6.0
+    coverage_weight: float = 0.2
     saliency_weight: float = 0.0
     text_weight: float = 1.0
     relevance_power: float = 3.0
@@ -207,8 +215,10 @@ class DCPPruner(Pruner):
             _require(_number(value) and value > 0, name, "be a number above 0", value)
         for name in ("rescale", "confidence_robust", "reselect_members"):
             _require(isinstance(getattr(self, name), bool), name, "be True or False", getattr(self, name))
-        sigma, a, r = self.graph_sigma, self.text_affinity, self.neighbours
-        _require(sigma is None or (_number(sigma) and sigma > 0), "graph_sigma", "be above 0 or None", sigma)
+        for name in ("graph_sigma", "centre_temperature", "centre_sigma"):
+            value = getattr(self, name)
+            _require(value is None or (_number(value) and value > 0), name, "be above 0 or None", value)
+        a, r = self.text_affinity, self.neighbours
         _require(_number(a) and 0 <= a <= 1, "text_affinity", "lie in [0, 1]", a)
         _require(_whole(r) and r >= 1, "neighbours", "be a whole number of at least 1", r)
         _require(_number(self.confidence_margin), "confidence_margin", "be a finite number", self.confidence_margin)
@@ -282,7 +292,7 @@ class DCPPruner(Pruner):
         )
         severe = distance > self.threshold
         affinity = similarity if cosines is None or words is None else self._affinity(similarity, cosines, words)
-        again = self._cluster_selection(similarity, affinity, weights, saliency, relevance, tokens.mask, k)
+        again = self._cluster_selection(tokens, similarity, affinity, weights, saliency, relevance, k)
         kept = torch.where(severe.unsqueeze(1), again, first)
 
         stats = {
@@ -296,10 +306,8 @@ class DCPPruner(Pruner):
         return Selection(kept=kept, assignment=assign(affinity, kept, tokens.mask), stats=stats)
 
     def _visual_features(self, tokens: VisualTokens) -> Float[Tensor, "b n d"]:
-        if self.space == "language":
+        if self.space == "language" or tokens.encoder is None:
             return tokens.features
-        if tokens.encoder is None:
-            raise missing_signals(f"{type(self).__name__} with space='encoder'", Signal.ENCODER_FEATURES)
         return tokens.encoder.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
 
     def _read_question(
@@ -344,17 +352,19 @@ class DCPPruner(Pruner):
 
     def _cluster_selection(
         self,
+        tokens: VisualTokens,
         similarity: Float[Tensor, "b n n"],
         affinity: Float[Tensor, "b n n"],
         weights: Float[Tensor, "b n"],
         saliency: Float[Tensor, "b n"] | None,
         relevance: Float[Tensor, "b n"] | None,
-        mask: Bool[Tensor, "b n"],
         k: int,
     ) -> Int[Tensor, "b k"]:
         """TATCS: centres, clusters around them, the best member of each cluster; ascending."""
+        mask = tokens.mask
         if self.centres == "facility_location":
-            centres = facility_location(similarity, k, demand=weights, mask=mask)
+            shares = self._representation(tokens, similarity, relevance)
+            centres = facility_location(shares, k, demand=weights, mask=mask)
         else:
             centres = farthest_point(similarity, k, weights=weights, mask=mask)
         if not self.reselect_members:
@@ -366,6 +376,19 @@ class DCPPruner(Pruner):
             bonus = bonus + self.member_saliency * saliency
         clusters = assign(affinity, centres, mask)
         return reselect(affinity, clusters, k, bonus=bonus).sort(dim=1).values
+
+
+    def _representation(
+        self, tokens: VisualTokens, similarity: Float[Tensor, "b n n"], relevance: Float[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n n"]:
+        """How well token j would represent token i; with a temperature, each row sums to 1."""
+        if self.centre_temperature is None:
+            return similarity
+        logits = similarity / self.centre_temperature
+        if relevance is not None and self.centre_sigma is not None:
+            distance = squared_distance(tokens.positions) / (2.0 * self.centre_sigma**2)
+            logits = logits.addcmul_(relevance.unsqueeze(2) ** self.relevance_power, distance, value=-1.0)
+        return logits.masked_fill_(~tokens.mask.unsqueeze(1), -torch.inf).softmax(dim=2)
 
 
 @dataclass(frozen=True, kw_only=True)
