@@ -345,7 +345,7 @@ class DCPPruner(Pruner):
     def _trigger_weights(
         self, weights: Float[Tensor, "b n"], relevance: Float[Tensor, "b n"] | None
     ) -> Float[Tensor, "b n"] | None:
-        """What the question speaks of, where there is one: of all distances, coverage of that predicts the loss best."""
+        """What the question speaks of, where there is one: coverage of that predicts the loss best."""
         if self.trigger != "coverage":
             return None
         return weights if relevance is None else relevance**self.relevance_power

@@ -18,7 +18,7 @@ from dcp_prune.report.cells import OURS, PLAIN, QUESTION, Cell, Entry, digest
 from dcp_prune.report.layout import TIE, Field, Mark, Number, Table
 from dcp_prune.report.predictors import Correlation, Prediction, Predictor
 from dcp_prune.report.scores import GapError, Scores
-from dcp_prune.report.targets import RIVAL, targets, text_free, text_margin
+from dcp_prune.report.targets import RIVAL, run_time_target, targets, text_free, text_margin
 
 if TYPE_CHECKING:
     from dcp_prune.viz.plots import Curve
@@ -412,11 +412,19 @@ def _prediction(analysis: Analysis, out: Output) -> str:
     points, content = most.points, most.points_content
     rest = f" The best {SHOWN} of {len(found)} and kappa are shown." if len(shown) < len(found) else ""
     staged = {cell.entries[row].pruner: None for row in analysis.prediction.staged}
+    aim = run_time_target(analysis.scores, analysis.prediction)
+    verdict = ""
+    if aim is not None and aim.measured is not None:
+        value = Number(aim.measured, digits=aim.digits).markdown()
+        verdict = (
+            f"Aim: {aim.aim} of at least {aim.threshold:.1f}. Measured: {value}, {aim.detail}. Verdict: {aim.verdict}."
+        )
     blind = (
         f"; without {_code(sorted(staged))}, which never holds the full set since it drops tokens inside the encoder"
     )
     return _paragraphs(
         figure,
+        verdict,
         table.markdown(),
         f"<sub>Correlation of the mean distance with accuracy over {points} points, a pruner at a budget each, or over "
         f"each task of them; in brackets 95 % intervals over images. Without plain: {content} points, {_code(PLAIN)} "

@@ -21,6 +21,7 @@ KEPT = {"standard": 95.0, "crowded": 92.1}
 NEAR = 1.0
 """Points that count as nearly as good."""
 STRENGTH = 0.9
+RUN_TIME_AIM = "a distance known at run time orders all pruners and budgets by accuracy: |Spearman|"
 QUESTIONS = 4_000
 
 
@@ -74,6 +75,11 @@ def targets(scores: Scores, prediction: Prediction) -> list[Target]:
     ]
 
 
+def run_time_target(scores: Scores, prediction: Prediction) -> Target | None:
+    """The aim about distances alone, for records that were swept for them."""
+    return next((target for target in targets(scores, prediction) if target.aim == RUN_TIME_AIM), None)
+
+
 def _aims(
     scores: Scores, prediction: Prediction, difficulty: str
 ) -> Iterator[tuple[str, float, Callable[[], tuple[Interval, str]], int]]:
@@ -100,12 +106,8 @@ def _aims(
         lambda: _stages(scores),
         1,
     )
-    yield (
-        "a distance known at run time orders all pruners and budgets by accuracy: |Spearman|",
-        STRENGTH,
-        lambda: _spearman(prediction),
-        2,
-    )
+    if any(name.startswith("run.") for name in scores.cell.distances):
+        yield RUN_TIME_AIM, STRENGTH, lambda: _spearman(prediction), 2
 
 
 def _measure(measure: Callable[[], tuple[Interval, str]]) -> tuple[Interval | None, str]:
@@ -191,7 +193,7 @@ def _stages(scores: Scores) -> tuple[Interval, str]:
 def _spearman(prediction: Prediction) -> tuple[Interval, str]:
     best = prediction.best(at_run_time=True)
     if best is None:
-        raise GapError("no distance was measured at run time; sweep with `--distances`")
+        raise GapError("no distance at run time is finite for three points")
     found = best.overall.spearman
     strength = found if found.value >= 0 else Interval(-found.value, -found.high, -found.low)
     among = sum(predictor.at_run_time for predictor in prediction.predictors)
