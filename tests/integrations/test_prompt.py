@@ -24,7 +24,7 @@ def ids(*rows: list[int]) -> Tensor:
 
 
 def test_adjacent_images_are_counted_off_by_their_length() -> None:
-    rows, places = locate_images(ids([1, 4, 4, 4, 4, 9], [4, 4, 9, 9, 9, 9]), IMAGE, 2, 3)
+    rows, places = locate_images(ids([1, 4, 4, 4, 4, 9], [4, 4, 9, 9, 9, 9]), IMAGE, [2, 2, 2])
     assert rows.tolist() == [0, 0, 1]
     assert places.tolist() == [[1, 2], [3, 4], [0, 1]]
 
@@ -42,7 +42,7 @@ def test_images_and_placeholders_that_do_not_match_are_refused(
     prompt: list[list[int]], images: int, sentence: str
 ) -> None:
     with pytest.raises(InvalidInputError, match=sentence):
-        locate_images(ids(*prompt), IMAGE, 2, images)
+        locate_images(ids(*prompt), IMAGE, [2] * images)
 
 
 def test_the_question_is_what_follows_the_last_image_without_special_tokens_and_padding() -> None:
