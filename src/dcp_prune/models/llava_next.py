@@ -36,7 +36,8 @@ class LlavaNextAdapter(LlavaAdapter):
             given = "none" if sizes is None else f"{len(sizes)}"
             raise InvalidInputError(
                 f"{self.architecture} takes pixel_values as images x tiles x channels x rows x columns with one of "
-                f"image_sizes for each, got shape {tuple(pixels.shape)} and {given}; make both with the model's processor"
+                f"image_sizes for each, got shape {tuple(pixels.shape)} and {given}; make both with the model's "
+                "processor"
             )
         made = {size: self._layout(size) for size in set(map(tuple, torch.as_tensor(sizes).tolist()))}
         layouts = [made[tuple(size)] for size in torch.as_tensor(sizes).tolist()]
