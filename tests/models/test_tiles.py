@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, Family, make_picture
+from families import FAMILIES, Family, LlavaNext, make_picture
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from dcp_prune.registry import make_pruner
 from dcp_prune.tokens import VisualTokens
 
 TILED = [family for family in FAMILIES if family.separated]
+PLAIN = [family for family in TILED if family.staged]
+SCALED = [family for family in TILED if not family.staged]
 PROMPT = "USER: <image> what is this ASSISTANT:"
 
 
@@ -33,13 +35,12 @@ class OddOnesPruner(ScorePruner):
         return (tokens.features - middle).norm(dim=2)
 
 
-@pytest.fixture(params=TILED, ids=lambda family: family.name)
+@pytest.fixture(params=PLAIN, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 
 
-@pytest.fixture
-def blind_model(family: Family) -> Any:
+def blinded(family: Family) -> Any:
     """Whose tokens know the pixels of their own patch and nothing else."""
     model = copy.deepcopy(family.model)
     tower = model.model.vision_tower
@@ -51,17 +52,19 @@ def blind_model(family: Family) -> Any:
     return model
 
 
+@pytest.mark.parametrize("tiled", TILED, ids=lambda family: family.name)
 @pytest.mark.parametrize("size", [(112, 112), (60, 120), (120, 50), (100, 90)])
 @pytest.mark.parametrize("spot", [(0.0, 0.0), (0.5, 0.1), (0.55, 0.55)])
 def test_kept_tokens_map_back_to_the_pixels_that_differ(
-    family: Family, blind_model: Any, size: tuple[int, int], spot: tuple[float, float]
+    tiled: Family, size: tuple[int, int], spot: tuple[float, float]
 ) -> None:
+    blind_model = blinded(tiled)
     height, width = size
     pixels = np.full((height, width, 3), 40, dtype=np.uint8)
     top, left = spot[0] * height, spot[1] * width
     bottom, right = top + 0.45 * height, left + 0.45 * width
     pixels[int(top) : int(bottom), int(left) : int(right)] = (250, 30, 90)
-    inputs = family.make_inputs([PROMPT], [Image.fromarray(pixels)])
+    inputs = tiled.make_inputs([PROMPT], [Image.fromarray(pixels)])
     (layout,) = get_adapter(blind_model).layouts(inputs)
 
     boxes = layout.boxes * torch.tensor([height, width, height, width])
@@ -125,7 +128,7 @@ def test_an_image_that_fits_the_budget_keeps_its_separators_beside_one_that_does
 
 def test_padding_of_the_picture_is_never_kept_even_where_stages_saw_it(family: Family) -> None:
     inputs = family.make_inputs([PROMPT], [make_picture(0, (112, 60))])
-    record = prune_inputs(family.model, inputs, make_pruner("flowcut", num_tokens=14)).record
+    record = prune_inputs(family.model, inputs, make_pruner("dcp_progressive", num_tokens=14)).record
     assert record is not None
     kept = record.indices[0][record.indices[0] >= 0]
     assert (record.layouts[0].source[kept] >= 0).all()
@@ -135,14 +138,14 @@ def test_padding_of_the_picture_is_never_kept_even_where_stages_saw_it(family: F
 def test_one_encoder_pass_serves_images_in_any_order(family: Family) -> None:
     pruner = make_pruner("dcp_progressive", num_tokens=6)
     images = [make_picture(0, (90, 90)), make_picture(1, (60, 120))]
-    inputs = family.make_inputs(["<image> <image> what"], images)
+    inputs = family.make_inputs(["<image> what"] * 2, images)
     encoded = encode_images(family.model, inputs["pixel_values"], pruner, image_sizes=inputs["image_sizes"])
     assert encoded.stage_stats[0]["kappa"].shape == (5 + 3,)
     swapped = encoded.select([1, 0])
     assert [layout.num_tiles for layout in swapped.layouts] == [3, 5]
     assert swapped.stage_stats[0]["kappa"].shape == (3 + 5,)
     assert torch.equal(swapped.stage_stats[0]["kappa"][:3], encoded.stage_stats[0]["kappa"][5:])
-    prompt = family.make_inputs(["<image> <image> what"], images[::-1])
+    prompt = family.make_inputs(["<image> what"] * 2, images[::-1])
     direct = prune_inputs(family.model, prompt, pruner)
     shared = prune_inputs(
         family.model, {name: prompt[name] for name in ("input_ids", "attention_mask")}, pruner, encoded=swapped
@@ -165,14 +168,46 @@ def test_a_second_turn_on_the_cache_equals_the_turn_from_scratch(family: Family)
     assert torch.equal(cached, scratch)
 
 
-def test_a_chat_template_and_a_picture_go_all_the_way(family: Family) -> None:
-    processor: Any = family.processor  # type: ignore[attr-defined]
+def test_a_chat_template_and_a_picture_go_all_the_way() -> None:
+    family = LlavaNext()
+    processor = family.processor
     turn = [{"type": "image"}, {"type": "text", "text": "what is this"}]
     prompt = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
     inputs = processor(text=prompt, images=make_picture(0, (90, 90)), return_tensors="pt")
     with prune(copy.deepcopy(family.model), make_pruner("dcp", num_tokens=6), processor=processor) as handle:
         answer = handle.model.generate(**inputs, max_new_tokens=2)
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize("scaled", SCALED, ids=lambda family: family.name)
+def test_stages_are_refused_for_images_that_the_model_scales_behind_the_encoder(scaled: Family) -> None:
+    inputs = scaled.make_inputs([PROMPT], [make_picture(0, (112, 112))])
+    (layout,) = get_adapter(scaled.model).layouts(inputs)
+    assert (layout.num_tiles, sum(layout.tile_lengths)) == (5, 16 + 25)
+    with pytest.raises(InvalidInputError, match=r"112 x 112 pixels has more patches .* pruner without such stages"):
+        prune_inputs(scaled.model, inputs, make_pruner("dcp_progressive", num_tokens=6))
+    small = scaled.make_inputs([PROMPT], [make_picture(0, (56, 112))])
+    prune_inputs(scaled.model, small, make_pruner("dcp_progressive", num_tokens=6))
+
+
+def test_videos_are_refused_and_not_left_unpruned_in_silence() -> None:
+    (family,) = (family for family in FAMILIES if family.name == "llava_onevision")
+    ids = torch.tensor([[1, 63, 63, 21]])
+    call = {"input_ids": ids, "pixel_values_videos": torch.zeros(1, 2, 3, 56, 56)}
+    model = copy.deepcopy(family.model)
+    with prune(model, make_pruner("random", num_tokens=6)):
+        for use in (model, model.generate):
+            with pytest.raises(InvalidInputError, match=r"pixel_values_videos .* cannot be pruned yet"):
+                use(**call)
+
+
+def test_images_that_share_a_prompt_are_counted_as_overviews() -> None:
+    (family,) = (family for family in FAMILIES if family.name == "llava_onevision")
+    inputs = family.make_inputs(["<image> <image> what", "<image> what"], [make_picture(n, (90, 90)) for n in range(3)])
+    layouts = get_adapter(family.model).layouts(inputs)
+    assert [layout.num_tiles for layout in layouts] == [1, 1, 5]
+    with pytest.raises(InvalidInputError, match=r"batch_num_images counts 2 image\(s\), but 3 were given"):
+        get_adapter(family.model).layouts(inputs | {"batch_num_images": [2]})
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,7 @@ def shorten(
         tail_columns = surviving_columns(tail_mask, tail, rows, places, pruned.indices.to(ids.device))
     columns = torch.cat((turn.head, torch.where(tail_columns < 0, -1, tail_columns + turn.head_width)), dim=1)
     own = tail_columns if turn.start < turn.head_width else columns
-    short = _shorten_tensors(inputs, adapter.image_inputs, columns, own, _pad_id(model))
+    short = _shorten_tensors(inputs, adapter, columns, own, _pad_id(model))
     watch.lap("prompt")
     record = None if record is None else replace(record, columns=columns)
     return ShortInputs(inputs, record, columns, width, short, features, lengths, adapter)
@@ -491,7 +491,7 @@ def image_features_as_inputs(model: Any, features: Sequence[Float[Tensor, "k d"]
 
 def _shorten_tensors(
     inputs: Mapping[str, Any],
-    image_inputs: Sequence[str],
+    adapter: ModelAdapter,
     columns: Int[Tensor, "b m"],
     own: Int[Tensor, "b s"],
     pad_id: int,
@@ -499,7 +499,7 @@ def _shorten_tensors(
     """The inputs without images: `columns` of the conversation for the mask, `own` for what is like `input_ids`."""
     shape = inputs["input_ids"].shape
     fills = {"input_ids": pad_id, "labels": -100}
-    short = {name: value for name, value in inputs.items() if name not in image_inputs}
+    short = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
     for name, value in short.items():
         if name not in ("attention_mask", "position_ids") and isinstance(value, Tensor) and value.shape == shape:
             short[name] = take_columns(value, own, fills.get(name, 0))
@@ -512,12 +512,26 @@ def _shorten_tensors(
         short["attention_mask"] = real.long()
     if inputs.get("position_ids") is not None:
         # Compact: gaps would make attention kernels believe that several sequences were packed into one.
-        short["position_ids"] = compact_positions(real, own.shape[1])
+        positions = compact_positions(real, own.shape[1])
+        if adapter.first_position:
+            given, length = inputs["position_ids"], inputs["position_ids"].shape[1]
+            counted = compact_positions(
+                torch.ones_like(given, dtype=torch.bool) if mask is None else mask.bool(), length
+            )
+            first = given.amax(dim=1, keepdim=True) - counted.amax(dim=1, keepdim=True)
+            positions = positions + first.clamp(0, adapter.first_position).to(positions.device)
+        short["position_ids"] = positions
     return short
 
 
 def _check_inputs(adapter: ModelAdapter, config: Any, inputs: Mapping[str, Any], with_images: bool) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    unpruned = [name for name in adapter.unpruned_inputs if inputs.get(name) is not None]
+    if unpruned:
+        raise InvalidInputError(
+            f"{', '.join(unpruned)} of {adapter.architecture} cannot be pruned yet, only images; "
+            "remove the handle for such a call"
+        )
     if not with_images:
         in_cache = inputs.get("past_key_values") is not None or inputs.get("mm_encoder_outputs") is not None
         if ids is not None and not in_cache and (ids == adapter.image_token_id).any():

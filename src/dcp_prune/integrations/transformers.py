@@ -165,6 +165,7 @@ class PruneHandle:
         self.pruner = pruner
         self.processor = processor
         self.last: PruneRecord | None = None
+        self._pixels, self._unpruned = adapter.image_inputs[0], adapter.unpruned_inputs
         self._prompts: WeakKeyDictionary[Any, CachedPrompt] = WeakKeyDictionary()
         self._previous = model.__dict__.get("generate")
         # Bound methods: deepcopy of a model binds them to the copy, where a closure would keep calling the original.
@@ -212,7 +213,10 @@ class PruneHandle:
 
     def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _by_name(type(model).forward, model, args, kwargs) if args else kwargs
-        if call.get("pixel_values") is None and (torch.compiler.is_compiling() or not self._is_long_step(call)):
+        visual = (self._pixels, *self._unpruned)
+        if all(call.get(name) is None for name in visual) and (
+            torch.compiler.is_compiling() or not self._is_long_step(call)
+        ):
             return None
         short = self._shorten(call, whole_prompt=False)
         _warn_if_idle(short.record)

@@ -21,6 +21,8 @@ from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualToke
 _ADAPTERS = {
     "LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter",
     "LlavaNextForConditionalGeneration": "dcp_prune.models.llava_next:LlavaNextAdapter",
+    "LlavaOnevisionForConditionalGeneration": "dcp_prune.models.llava_onevision:LlavaOnevisionAdapter",
+    "PaliGemmaForConditionalGeneration": "dcp_prune.models.paligemma:PaliGemmaAdapter",
 }
 """Name of the model's class -> `module:class` of its adapter, imported when a model asks for it."""
 
@@ -91,12 +93,20 @@ class ModelAdapter(ABC):
     """Whether tokens can be dropped between the layers of the encoder."""
     signals: ClassVar[frozenset[Signal]]
     """What the encoder can be asked for."""
+    saliency: ClassVar[str]
+    """Whose attention `Signal.CLS_ATTENTION` is: `[CLS]`, or `all tokens` where there is none."""
+    cuts_tiles: ClassVar[bool] = False
+    """Whether an image is encoded as several tiles."""
     absent: ClassVar[Mapping[Signal, str]] = {}
     """Why a signal is not among `signals`, as a clause, where there is more to say."""
     image_inputs: ClassVar[tuple[str, ...]]
     """Model inputs that describe images and disappear once the images are encoded; the first one holds the pixels."""
     image_details: ClassVar[tuple[str, ...]] = ()
     """Those of `image_inputs` that `layouts` reads beside the pixels; the others must agree with the model's config."""
+    unpruned_inputs: ClassVar[tuple[str, ...]] = ()
+    """Model inputs that hold visual tokens which nothing here prunes, such as videos; they are refused."""
+    first_position: ClassVar[int] = 0
+    """Where the position ids begin that this model's `forward` makes; those of `generate` begin at 0."""
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
@@ -197,6 +207,12 @@ def supported_architectures() -> tuple[str, ...]:
     return tuple(sorted(_ADAPTERS))
 
 
+def adapter_class(architecture: str) -> type[ModelAdapter]:
+    """What supports a model class of `supported_architectures`, for its flags."""
+    module, _, attribute = _ADAPTERS[architecture].partition(":")
+    return getattr(import_module(module), attribute)
+
+
 def get_adapter(model: Any) -> ModelAdapter:
     """The adapter of a loaded model, by the name of its class or of a parent class.
 
@@ -210,16 +226,15 @@ def get_adapter(model: Any) -> ModelAdapter:
             f"{names[0]} is an encoder-decoder model, whose decoder reads images by cross-attention, not as prompt "
             f"tokens that could be dropped; use one of: {', '.join(supported_architectures())}"
         )
-    target = next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
-    if target is None:
+    architecture = next((name for name in names if name in _ADAPTERS), None)
+    if architecture is None:
         raise UnsupportedModelError(_no_adapter(model, names[0]))
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise UnsupportedModelError(
             f"{names[0]} is sharded by tensor parallelism, where each rank holds only some attention heads; "
             "load it without tp_plan (device_map='auto' works)"
         )
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)(model)
+    return adapter_class(architecture)(model)
 
 
 def _no_adapter(model: Any, name: str) -> str:

@@ -25,6 +25,8 @@ class ImageLayout:
             has no area. `N 4`.
         num_tiles: images that the encoder sees of this one.
         grid: (rows, cols) of patches of a tile.
+        picture: height and width of the picture in pixels, where the model scales the raster of its patches down behind
+            the encoder; `source` then names the patch in the middle of each token. None where tokens are patches.
     """
 
     source: Int[Tensor, " N"]
@@ -32,6 +34,7 @@ class ImageLayout:
     boxes: Float[Tensor, "N 4"]
     num_tiles: int
     grid: tuple[int, int]
+    picture: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return self.source.shape[0]
@@ -63,23 +66,23 @@ def plain_layout(rows: int, cols: int) -> ImageLayout:
     return ImageLayout(torch.arange(n), positions, boxes, 1, (rows, cols))
 
 
-def tiled_layout(
-    source: Int[Tensor, " N"], rows: int, cols: int, grid: tuple[int, int], num_tiles: int, separated: bool
-) -> ImageLayout:
-    """An overview tile, then the patches of the other tiles as one raster of rows x cols, each row with a separator
-    behind it if `separated`.
+def tiled_layout(source: Int[Tensor, " N"], rows: int, cols: int, grid: tuple[int, int], num_tiles: int) -> ImageLayout:
+    """An overview tile, then the patches of the other tiles as one raster of rows x cols with a separator behind each
+    row; or the overview alone with a separator behind it.
 
     Args:
         source: as in `ImageLayout`. `N`.
         rows, cols: the raster without separators and without the padding of the picture.
         grid: of a tile.
         num_tiles: the overview included.
-        separated: whether there are separators.
     """
     overview = plain_layout(*grid)
-    columns = cols + separated
-    index = torch.arange(rows * columns)
-    corner = torch.stack((index // columns, index % columns), dim=1).float()
+    if num_tiles == 1:
+        corner = torch.tensor([grid]).float()
+        boxes = torch.cat((overview.boxes, torch.ones(1, 4)))
+        return ImageLayout(source, torch.cat((overview.positions, corner)), boxes, 1, grid)
+    index = torch.arange(rows * (cols + 1))
+    corner = torch.stack((index // (cols + 1), index % (cols + 1)), dim=1).float()
     extent = torch.tensor([float(rows), float(cols)])
     far = torch.minimum(corner + 1, extent)
     boxes = torch.cat((overview.boxes, torch.cat((corner / extent, far / extent), dim=1)))

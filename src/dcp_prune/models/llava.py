@@ -22,12 +22,15 @@ class LlavaAdapter(ModelAdapter):
 
     architecture = "LlavaForConditionalGeneration"
     prunes_in_encoder = True
+    saliency = "[CLS]"
     signals = frozenset(
         {Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES, Signal.CLS_VALUE_AFFINITY}
     )
     absent: ClassVar[Mapping[Signal, str]] = {
         Signal.CLIP_SIMILARITY: "it takes CLIP's text tower and projections, which LLaVA checkpoints do not hold"
     }
+    strategy: ClassVar[str] = "default"
+    """`vision_feature_select_strategy` under which every feature is a patch."""
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 
     def __init__(self, model: Any) -> None:
@@ -40,17 +43,13 @@ class LlavaAdapter(ModelAdapter):
                 f"vision_feature_layer is the list {list(layer)}, and layers before and after a reduction differ in "
                 "length; set model.config.vision_feature_layer to one layer"
             )
-        if config.vision_feature_select_strategy != "default":
+        if config.vision_feature_select_strategy != self.strategy:
+            done = "passes on [CLS] like a patch" if self.strategy == "default" else "drops the first patch"
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} passes on [CLS] like "
-                "a patch; set model.config.vision_feature_select_strategy to 'default'"
+                f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} {done}; "
+                f"set model.config.vision_feature_select_strategy to {self.strategy!r}"
             )
-        embeddings = getattr(tower, "embeddings", None)
-        if not hasattr(embeddings, "class_embedding") or not hasattr(tower, "pre_layrnorm"):
-            raise UnsupportedModelError(
-                f"the vision tower {type(tower).__name__} is no CLIP encoder with a [CLS] token, "
-                "the only kind of LLaVA tower that can be pruned so far"
-            )
+        self.check_tower(tower)
         # hidden_states[0] is what enters layer 0, so hidden_states[i] is what leaves layer i - 1.
         depth = len(tower.encoder.layers)
         num_layers = layer if layer >= 0 else depth + 1 + layer
@@ -59,6 +58,19 @@ class LlavaAdapter(ModelAdapter):
                 f"vision_feature_layer {layer} is the output of no layer of an encoder of {depth} layers"
             )
         self.tower = Tower(tower, num_layers)
+
+    def check_tower(self, tower: Any) -> None:
+        """Refuses a tower that `Tower` cannot walk.
+
+        Raises:
+            UnsupportedModelError: it is of another kind.
+        """
+        embeddings = getattr(tower, "embeddings", None)
+        if not hasattr(embeddings, "class_embedding") or not hasattr(tower, "pre_layrnorm"):
+            raise UnsupportedModelError(
+                f"the vision tower {type(tower).__name__} is no CLIP encoder with a [CLS] token, "
+                f"the only kind of tower of {self.architecture} that can be pruned so far"
+            )
 
     @property
     def image_token_id(self) -> int:
@@ -87,7 +99,11 @@ class LlavaAdapter(ModelAdapter):
             layouts = self.layouts({"pixel_values": pixel_values})
         walk = self.tower.walk(self.stack_tiles(pixel_values, layouts), self.check_stages(stages), signals, lap)
         features = self.model.model.multi_modal_projector(walk.encoder.features)
-        return walk.encoded(features, layouts, with_encoder=bool(signals))
+        return self.finish(walk.encoded(features, layouts, with_encoder=bool(signals)), features)
+
+    def finish(self, encoded: EncodedImages, features: Float[Tensor, "t n d"]) -> EncodedImages:
+        """What the model does to the features of tiles behind the projector, where that is more than joining them."""
+        return encoded
 
     def stack_tiles(self, pixel_values: Tensor, layouts: Sequence[ImageLayout]) -> Float[Tensor, "t c y x"]:
         """All tiles of all images, without those that only pad a batch."""
