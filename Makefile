@@ -11,7 +11,7 @@ CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lmms-eval lint format bench results readme report train-testbed
+.PHONY: help demo test test-lmms-eval lint format bench sweeps readme report train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,22 +39,14 @@ bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama
 	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
 	$(BIN)/python -m dcp_prune.profiling.selection $(or $(ARGS),--authors results/selection-authors.json --json results/selection-cpu.json)
 
-results: $(RUNTIME) ## measure quality on held-out seeds for the README: both checkpoints and difficulties (LIMIT=1000 questions)
-	for checkpoint in weak aligned; do \
-		$(BIN)/dcp-prune testbed eval --difficulty crowded --checkpoint $$checkpoint --limit $(or $(LIMIT),1050) \
-			$(addprefix --pruner ,dcp dcp_progressive mmtok scope divprune visionzip) \
-			$(addprefix --pruner ,cls_attention uniform random none) \
-			$(addprefix --num-tokens ,64 32 16 0) \
-			--json results/testbed-$$checkpoint-crowded.json || exit; \
-		$(BIN)/dcp-prune testbed eval --difficulty standard --checkpoint $$checkpoint --limit $(or $(LIMIT),1050) \
-			$(addprefix --pruner ,dcp random uniform cls_attention none) --num-tokens 16 \
-			--json results/testbed-$$checkpoint-standard.json || exit; \
-	done
+sweeps: $(DEV) ## measure every pruner on held-out questions (hours; stop it, and it goes on where it was), then draw the report
+	tools/run_sweeps.sh
+	$(MAKE) report readme
 
 readme: $(RUNTIME) ## rebuild the tables of README.md and docs/performance.md from results/
 	$(BIN)/python -m dcp_prune.report.tables README.md docs/performance.md
 
-report: $(DEV) ## rebuild docs/results.md and its figures from the records in results/sweeps
+report: $(DEV) ## rebuild docs/results.md and its figures from the records in results/
 	$(BIN)/python -m dcp_prune.report.pages docs/results.md
 
 train-testbed: $(RUNTIME) ## train the testbed model, going on from its last checkpoint (hours on a CPU)

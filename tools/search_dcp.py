@@ -1,119 +1,87 @@
-"""Compares settings of DCP-Prune on tuning seeds, side by side, and writes what chose the defaults.
+"""Searches the fields of DCPPruner on tuning seeds; the study is a journal that Optuna reads and goes on with.
 
-    python tools/search_dcp.py --limit 1400 --num-tokens 16 --json results/dcp-search.json
+    python tools/search_dcp.py --trials 40 --study results/dcp-search/study.jsonl
 
-Every variant changes the named fields of the defaults and answers the very same questions.
+A trial's value is the mean accuracy over both checkpoints and three situations: 8 tokens, 16 tokens, and 16 tokens with
+another image's question, on crowded pictures. The first trial is the current defaults. The best of many noisy trials is
+flattered by luck, so a winner becomes a default only after `dcp-prune sweep` on other tuning seeds agrees.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
-from rich.console import Console
-from rich.table import Table
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
-from dcp_prune.eval.environment import environment
-from dcp_prune.eval.stats import paired_difference
-from dcp_prune.eval.testbed import ALL_TOKENS, Method, evaluate
-from dcp_prune.registry import make_pruner
+from dcp_prune.eval.methods import Method, TextCondition
+from dcp_prune.eval.testbed import evaluate
+from dcp_prune.pruners.dcp import DCPPruner
 from dcp_prune.testbed.load import CHECKPOINTS, load
 from dcp_prune.testbed.seeds import TUNING
-from dcp_prune.testbed.world import TASKS
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "two stages": {"schedule": ((0.5, 0.5), (0.75, 0.25))},
-    "one stage, mid": {"schedule": ((0.5, 0.5),)},
-    "one stage, deep": {"schedule": ((0.75, 0.5),)},
-    "one stage, deep, gentle": {"schedule": ((0.75, 0.75),)},
-    "stage, anchors by coverage": {"schedule": ((0.75, 0.5),), "anchors": "coverage"},
-    "stage, anchors by saliency": {"schedule": ((0.75, 0.5),), "anchors": "saliency"},
-    "stage, recovery 0.3": {"schedule": ((0.75, 0.5),), "recovery": 0.3},
-    "stage, recovery 1": {"schedule": ((0.75, 0.5),), "recovery": 1.0},
-    "never re-select": {"threshold": float("inf")},
-    "facility location": {"centres": "facility_location"},
-    "no text": {"text_weight": 0.0, "text_affinity": 0.0, "member_relevance": 0.0},
-    "ungated": {"gate": "none"},
-    "text 0.5": {"text_weight": 0.5},
-    "text 3": {"text_weight": 3.0},
-    "saliency 0.3": {"saliency_weight": 0.3},
-    "saliency 1": {"saliency_weight": 1.0},
-    "coverage 0.3": {"coverage_weight": 0.3},
-    "power 1": {"relevance_power": 1.0},
-    "power 6": {"relevance_power": 6.0},
-    "smoothing 0.05": {"relevance_smoothing": 0.05},
-    "confidence earlier": {"confidence_margin": -2.5},
-    "confidence later": {"confidence_margin": 0.0},
-    "confidence shorter": {"confidence_span": 2.0},
-    "confidence robust": {"confidence_robust": True},
-    "no cluster re-selection": {"reselect_members": False},
-    "affinity 0": {"text_affinity": 0.0},
-    "affinity 0.5": {"text_affinity": 0.5},
-    "encoder space": {"space": "encoder"},
-    "member relevance 0": {"member_relevance": 0.0},
-}
+QUESTION, WRONG = TextCondition("question"), TextCondition("wrong")
+SITUATIONS = ((8, QUESTION), (16, QUESTION), (16, WRONG))
+
+
+def suggest(trial: optuna.Trial) -> dict[str, Any]:
+    """The fields that are searched; all others keep their defaults."""
+    return {
+        "centre_temperature": trial.suggest_float("centre_temperature", 0.1, 0.4, step=0.05),
+        "centre_sigma": trial.suggest_categorical("centre_sigma", [None, 3.0, 6.0, 12.0]),
+        "coverage_weight": trial.suggest_float("coverage_weight", 0.05, 1.0, log=True),
+        "saliency_weight": trial.suggest_float("saliency_weight", 0.0, 0.3, step=0.1),
+        "relevance_power": trial.suggest_float("relevance_power", 1.0, 6.0, step=0.5),
+        "confidence_margin": trial.suggest_float("confidence_margin", -2.5, 0.5, step=0.5),
+        "confidence_span": trial.suggest_float("confidence_span", 2.0, 8.0, step=1.0),
+        "text_affinity": trial.suggest_float("text_affinity", 0.0, 0.5, step=0.1),
+        "reselect_members": trial.suggest_categorical("reselect_members", [True, False]),
+        "member_relevance": trial.suggest_float("member_relevance", 0.0, 1.0, step=0.25),
+        "member_saliency": trial.suggest_float("member_saliency", 0.0, 0.2, step=0.1),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", action="append", choices=CHECKPOINTS, help="default: both")
-    parser.add_argument("--difficulty", default="crowded", choices=("standard", "crowded"))
-    parser.add_argument("--num-tokens", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=1400, help="tuning questions")
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--questions", type=int, default=448, help="per trial, checkpoint and situation")
     parser.add_argument("--skip", type=int, default=0, help="tuning scenes to leave out at the beginning")
-    parser.add_argument("--variant", action="append", help="only these (default: all)")
-    parser.add_argument("--extra", type=json.loads, default={}, help="further variants, as JSON: name -> fields")
-    parser.add_argument("--base", type=json.loads, default={}, help="fields that every variant starts from, as JSON")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--study", type=Path, default=Path("results/dcp-search/study.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    variants = VARIANTS | args.extra
-    if args.variant:
-        variants = {name: variants[name] for name in ("default", *args.variant)}
-    rows = []
-    for checkpoint in args.checkpoint or CHECKPOINTS:
-        model, processor = load(checkpoint)
-        methods = [Method(ALL_TOKENS, None)] + [
-            Method(name, args.num_tokens, make_pruner("dcp", num_tokens=args.num_tokens, **{**args.base, **fields}))
-            for name, fields in variants.items()
-        ]
-        done = evaluate(model, processor, methods, TUNING[args.skip :], args.limit, difficulty=args.difficulty)
-        by_name = {answers.method.name: answers for answers in done.answers}
-        table = Table(title=f"{checkpoint}, {args.difficulty}, {args.num_tokens} tokens, {len(done.task)} questions")
-        for column in ("variant", "accuracy", "against default", "95 %", "kappa", *(task[:5] for task in TASKS)):
-            table.add_column(column)
-        for name, answers in by_name.items():
-            gain = paired_difference(answers.correct, by_name["default"].correct, done.image)
-            shift = None if answers.kappa is None else float(answers.kappa.mean())
-            row = {
-                "checkpoint": checkpoint,
-                "difficulty": args.difficulty,
-                "num_tokens": answers.num_tokens,
-                "variant": name,
-                "fields": {**args.base, **variants.get(name, {})},
-                "accuracy": float(answers.correct.mean()),
-                "against_default": gain.mean,
-                "ci95": [gain.low, gain.high],
-                "kappa": shift,
-                "tasks": {task: float(answers.correct[done.task == task].mean()) for task in TASKS},
-                "n": len(done.task),
-            }
-            rows.append(row)
-            table.add_row(
-                name,
-                f"{row['accuracy']:.3f}",
-                f"{gain.mean:+.3f}",
-                f"{gain.low:+.3f} {gain.high:+.3f}",
-                "" if shift is None else f"{shift:.2f}",
-                *(f"{100 * share:.0f}" for share in row["tasks"].values()),
-            )
-        Console(width=140).print(table)
-    if args.json:
-        args.json.write_text(json.dumps({"results": rows, "environment": environment()}, indent=2, default=str) + "\n")
+    models = {checkpoint: load(checkpoint) for checkpoint in CHECKPOINTS}
+
+    def value(trial: optuna.Trial) -> float:
+        options = suggest(trial)
+        methods = [Method(f"dcp@{text}", k, DCPPruner(num_tokens=k, **options), text, "dcp") for k, text in SITUATIONS]
+        scores: list[float] = []
+        for checkpoint, (model, processor) in models.items():
+            seeds = TUNING[args.skip :]
+            done = evaluate(model, processor, methods, seeds, args.questions, difficulty="crowded")
+            for answers in done.answers:
+                score = float(answers.correct.mean())
+                trial.set_user_attr(f"{checkpoint} {answers.method.name} {answers.method.num_tokens}", score)
+                scores.append(score)
+        return sum(scores) / len(scores)
+
+    study = optuna.create_study(
+        study_name="dcp",
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=0, multivariate=True),
+        storage=JournalStorage(JournalFileBackend(str(args.study))),
+        load_if_exists=True,
+    )
+    defaults = {field.name: field.default for field in fields(DCPPruner)}
+    if not study.trials:
+        names = suggest(optuna.trial.FixedTrial(defaults)).keys()
+        study.enqueue_trial({name: defaults[name] for name in names})
+    study.optimize(value, n_trials=args.trials)
+    print(f"defaults {study.trials[0].value:.4f}, best {study.best_value:.4f}: {study.best_params}")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,23 @@ def whole_number(type_: Any, tokens: Sequence[Any]) -> int:
         raise ValueError("give a whole number") from None
 
 
+def whole_numbers(given: list[str]) -> list[int]:
+    """The numbers of an option that takes them with commas between them, several times, or both; each once.
+
+    Raises:
+        InvalidInputError: something in between is no whole number.
+    """
+    budgets: dict[int, None] = {}
+    for text in ",".join(given).split(","):
+        try:
+            budgets[int(text)] = None
+        except ValueError:
+            raise InvalidInputError(
+                f"--num-tokens takes whole numbers with commas between them, such as 16,32,64; got {text!r}"
+            ) from None
+    return list(budgets)
+
+
 def seed_range_of(text: str) -> range:
     """Reads A:B.
 
@@ -71,6 +88,7 @@ def seed_range_of(text: str) -> range:
 
 Whole = Parameter(converter=whole_number, allow_leading_hyphen=True, n_tokens=1)
 Text = Parameter(allow_leading_hyphen=True)
+Budgets = Parameter(negative="", allow_leading_hyphen=True)
 
 Json = Annotated[
     Path | None, Parameter(help="Write the result as JSON: to this file, or to the screen if no file is named.")

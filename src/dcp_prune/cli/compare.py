@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dcp_prune.cli.common import (
+    Budgets,
     Json,
     Model,
     Whole,
@@ -21,6 +22,7 @@ from dcp_prune.cli.common import (
     note,
     progress_bar,
     report_result,
+    whole_numbers,
 )
 from dcp_prune.errors import InvalidInputError
 
@@ -40,11 +42,8 @@ def compare(
     ],
     num_tokens: Annotated[
         list[str] | None,
-        Parameter(
-            negative="",
-            allow_leading_hyphen=True,
-            help="Visual tokens to keep, with commas between them; if not said: 16,32,64,128.",
-        ),
+        Budgets,
+        Parameter(help="Visual tokens to keep, with commas between them; if not said: 16,32,64,128."),
     ] = None,
     model: Model = "testbed",
     pruner: Annotated[
@@ -131,23 +130,6 @@ def compare(
         )
 
     report_result(result, json, show)
-
-
-def whole_numbers(given: list[str]) -> list[int]:
-    """The numbers of an option that takes them with commas between them, several times, or both; each once.
-
-    Raises:
-        InvalidInputError: something in between is no whole number.
-    """
-    budgets: dict[int, None] = {}
-    for text in ",".join(given).split(","):
-        try:
-            budgets[int(text)] = None
-        except ValueError:
-            raise InvalidInputError(
-                f"--num-tokens takes whole numbers with commas between them, such as 16,32,64; got {text!r}"
-            ) from None
-    return list(budgets)
 
 
 def _table(result: dict[str, Any]) -> Table:

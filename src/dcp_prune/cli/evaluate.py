@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dcp_prune.cli.common import (
     DEFAULT_NUM_TOKENS,
+    Budgets,
     Json,
     Whole,
     app,
@@ -19,7 +20,7 @@ from dcp_prune.cli.common import (
     progress_bar,
     report_result,
     seed_range_of,
-    whole_number,
+    whole_numbers,
 )
 from dcp_prune.errors import InvalidInputError
 
@@ -38,13 +39,9 @@ def eval_(
         ),
     ] = None,
     num_tokens: Annotated[
-        list[int] | None,
-        Parameter(
-            converter=lambda type_, tokens: [whole_number(type_, [token]) for token in tokens],
-            allow_leading_hyphen=True,
-            negative="",
-            help="Visual tokens to keep; several times for several budgets; 0 is no image; if not said: 16.",
-        ),
+        list[str] | None,
+        Budgets,
+        Parameter(help="Visual tokens to keep, with commas between them; 0 is no image; if not said: 16."),
     ] = None,
     seed_range: Annotated[
         str | None, Parameter(help="Scenes from seed A up to B, B excluded, as A:B; if not said: all held-out seeds.")
@@ -67,7 +64,7 @@ def eval_(
     from dcp_prune.testbed.seeds import HELD_OUT
 
     names = pruner or ["none", "dcp", "random"]
-    budgets = num_tokens or [DEFAULT_NUM_TOKENS]
+    budgets = whole_numbers(num_tokens) if num_tokens else [DEFAULT_NUM_TOKENS]
     seeds = HELD_OUT if seed_range is None else seed_range_of(seed_range)
     if limit < 1:
         raise InvalidInputError(f"--limit must be at least 1 question, got {limit}")

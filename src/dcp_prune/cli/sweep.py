@@ -10,11 +10,12 @@ from cyclopts import Parameter
 
 from dcp_prune.cli.common import (
     DEFAULT_NUM_TOKENS,
+    Budgets,
     Whole,
     app,
     progress_bar,
     seed_range_of,
-    whole_number,
+    whole_numbers,
 )
 from dcp_prune.errors import InvalidInputError
 
@@ -32,13 +33,9 @@ def sweep(
         ),
     ] = None,
     num_tokens: Annotated[
-        list[int] | None,
-        Parameter(
-            converter=lambda type_, tokens: [whole_number(type_, [token]) for token in tokens],
-            allow_leading_hyphen=True,
-            negative="",
-            help="Visual tokens to keep; several times for several budgets; 0 is no image; if not said: 16.",
-        ),
+        list[str] | None,
+        Budgets,
+        Parameter(help="Visual tokens to keep, with commas between them; 0 is no image; if not said: 16."),
     ] = None,
     questions: Annotated[
         Path | None,
@@ -106,7 +103,9 @@ def sweep(
     from dcp_prune.eval.sweep import sweep as run_sweep
     from dcp_prune.eval.testbed import TestbedQuestions
 
-    methods = plan(pruner or ["none", "dcp", "random"], num_tokens or [DEFAULT_NUM_TOKENS])
+    methods = plan(
+        pruner or ["none", "dcp", "random"], whole_numbers(num_tokens) if num_tokens else [DEFAULT_NUM_TOKENS]
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if questions is None or model is None:
         source = TestbedSource(checkpoint, TestbedQuestions(seeds, difficulty, limit or 1000, tuple(task or ())))

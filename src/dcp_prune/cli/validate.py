@@ -12,8 +12,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dcp_prune.cli.common import DEFAULT_NUM_TOKENS, Json, Whole, app, check_outputs, report_result, seed_range_of
-from dcp_prune.cli.compare import whole_numbers
+from dcp_prune.cli.common import (
+    DEFAULT_NUM_TOKENS,
+    Budgets,
+    Json,
+    Whole,
+    app,
+    check_outputs,
+    report_result,
+    seed_range_of,
+    whole_numbers,
+)
 from dcp_prune.errors import InvalidInputError
 
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
@@ -27,7 +36,8 @@ def validate(
     ] = None,
     num_tokens: Annotated[
         list[str] | None,
-        Parameter(negative="", allow_leading_hyphen=True, help="Visual tokens to keep, as 16,32 or several times."),
+        Budgets,
+        Parameter(help="As for sweep: visual tokens to keep, with commas between them; if not said: 16."),
     ] = None,
     model: Annotated[
         str | None, Parameter(help="testbed-weak, testbed-aligned, a model's folder, or its hub name.")

@@ -126,7 +126,9 @@ def _read_line(path: Path, number: int, line: str) -> JsonlQuestion:
         raise InvalidInputError(f"{where}: answer must be a text or a list of texts, got {entry['answer']!r}")
     task = entry.get("task", path.stem)
     _require(where, {"task": task}, "task", str, "a text")
-    return JsonlQuestion(number, str(entry["id"]), path.parent / entry["image"], entry["question"], tuple(answers), task)
+    return JsonlQuestion(
+        number, str(entry["id"]), path.parent / entry["image"], entry["question"], tuple(answers), task
+    )
 
 
 def _require(where: str, entry: dict[str, Any], field: str, kind: Any, name: str) -> None:

@@ -126,8 +126,8 @@ class DCPPruner(Pruner):
             `functional.distribution.DISTANCES`. `coverage` is weighted by saliency and question, the others are not.
         threshold: re-select where the distance is above it; 0 always re-selects, inf never.
 
-        space: features in which tokens are alike: the `encoder`'s (those of the language model where the tokens carry no
-            others) or the `language` model's, after the projector.
+        space: features in which tokens are alike: the `encoder`'s (where the tokens carry none, those of the language
+            model) or the `language` model's, after the projector.
         centres: how cluster centres are found: `facility_location` or `k_center` (farthest point).
         centre_temperature: of the softmax by which each token shares out its demand among those that could represent
             it, in facility location; so a thing asks for one representative, not for one per patch. None covers plain
@@ -376,7 +376,6 @@ class DCPPruner(Pruner):
             bonus = bonus + self.member_saliency * saliency
         clusters = assign(affinity, centres, mask)
         return reselect(affinity, clusters, k, bonus=bonus).sort(dim=1).values
-
 
     def _representation(
         self, tokens: VisualTokens, similarity: Float[Tensor, "b n n"], relevance: Float[Tensor, "b n"] | None

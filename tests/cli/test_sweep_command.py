@@ -16,7 +16,7 @@ SWEEP = "sweep --output r --checkpoint weak --processes 1 --limit 3"
 
 
 def test_a_sweep_leaves_records_and_says_where(dcp_prune: Callable[..., Any]) -> None:
-    command = f"{SWEEP} --pruner none --pruner random --num-tokens 8 --num-tokens 0 --task reading --distance mmd"
+    command = f"{SWEEP} --pruner none --pruner random --num-tokens 8,0 --task reading --distance mmd"
     outcome = dcp_prune(*command.split())
     assert (outcome.code, outcome.out) == (0, "9 answers in r, 9 of them new.\n")
     records = read_records(Path("r"))

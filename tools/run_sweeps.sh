@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Every sweep behind docs/results.md, on held-out seeds. Hours on few cores; stop it, and it goes on where it was.
+#
+#   tools/run_sweeps.sh [FOLDER]      default: results; LIMIT=... asks fewer questions than the 4,004 of the main sweeps
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+results=${1:-results}
+limit=${LIMIT:-4004}
+
+pruners=(random uniform cls_attention visionzip holov flowcut prunesid scope mmtok divprune vispruner otprune)
+damaged=(@wrong @noise=0.5 @noise=0.7 @noise=0.85 @noise=1)
+stages='schedule=((0.5,0.5),(0.75,0.25))'
+variants=(
+    dcp@none 'dcp(gate="none")' 'dcp(centre_temperature=None)' 'dcp(centres="k_center")' 'dcp(centre_sigma=None)'
+    'dcp(space="language")' 'dcp(saliency_weight=0.2)' 'dcp(reselect_members=False)' 'dcp(threshold=inf)'
+    'dcp(threshold=0.16)' 'dcp(schedule=((0.75,0.5),))' 'dcp(schedule=((0.75,0.5),),recovery=1.0)' "dcp($stages)"
+    "dcp($stages,recovery=0.3)" "dcp($stages,recovery=1.0)" "dcp($stages,recovery=1.0,rescale=False)"
+    "dcp($stages,anchors=\"saliency\")"
+)
+
+fewer() { echo $(($1 < limit ? $1 : limit)); }
+
+sweep() { # folder checkpoint difficulty questions budgets pruner...
+    local options=(--output "$results/$1/$2-$3" --checkpoint "$2" --difficulty "$3" --limit "$4" --num-tokens "$5")
+    shift 5
+    .venv/bin/dcp-prune sweep "${options[@]}" "${@/#/--pruner=}" --compact "${extra[@]}"
+}
+
+mkdir -p "$results"/{sweeps,distances,ablations}
+for checkpoint in weak aligned; do
+    extra=()
+    sweep sweeps $checkpoint crowded "$limit" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
+    sweep sweeps $checkpoint crowded "$limit" 16 dcp@none "${damaged[@]/#/dcp}" "${damaged[@]/#/mmtok}"
+    sweep sweeps $checkpoint standard "$limit" 16,0 none dcp dcp_progressive "${pruners[@]}"
+    sweep ablations $checkpoint crowded "$(fewer 1400)" 16,0 none dcp "${variants[@]}"
+    extra=(--distances)
+    sweep distances $checkpoint crowded "$(fewer 1008)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
+    sweep distances $checkpoint standard "$(fewer 504)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
+done
