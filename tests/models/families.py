@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     GemmaConfig,
     LlamaConfig,
@@ -21,6 +22,8 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -57,6 +60,18 @@ def text_config() -> LlamaConfig:
     )
 
 
+def clip_config(image_size: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=PATCH,
+        initializer_factor=3.0,
+    )
+
+
 class Family(ABC):
     """One architecture.
 
@@ -89,7 +104,7 @@ class Family(ABC):
 
     def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """What the model itself makes of the images, one tensor each."""
-        names = ("pixel_values", "image_sizes", "batch_num_images")
+        names = ("pixel_values", "pixel_values_images", "image_sizes", "batch_num_images")
         images = {name: inputs[name] for name in names if name in inputs}
         with torch.no_grad():
             return list(self.model.get_image_features(**images).pooler_output)
@@ -100,17 +115,8 @@ class LlavaNext(Family):
     separated = True
 
     def build(self) -> Any:
-        vision = CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=TILE,
-            patch_size=PATCH,
-            initializer_factor=3.0,
-        )
         config = LlavaNextConfig(
-            vision_config=vision,
+            vision_config=clip_config(TILE),
             text_config=text_config(),
             image_token_index=IMAGE_ID,
             image_grid_pinpoints=[[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]],
@@ -251,6 +257,29 @@ class PaliGemma(Family):
         return ids | dict(images)
 
 
+class VideoLlava(Family):
+    """Its processor needs a video processor, and that torchvision: ids are made by hand."""
+
+    name = "video_llava"
+
+    def build(self) -> Any:
+        config = VideoLlavaConfig(
+            vision_config=clip_config(84),
+            text_config=text_config(),
+            image_token_index=IMAGE_ID,
+            video_token_index=63,
+            image_seq_length=36,
+        )
+        return VideoLlavaForConditionalGeneration(config)
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        ids = expand_placeholders(prompts, [36] * len(pictures))
+        if not pictures:
+            return dict(ids)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84})
+        return ids | {"pixel_values_images": processor(list(pictures), return_tensors="pt")["pixel_values"]}
+
+
 def sharpen(tower: Any) -> None:
     """Random SigLIP weights give pictures that hardly differ; these do."""
     for parameter in tower.parameters():
@@ -258,4 +287,4 @@ def sharpen(tower: Any) -> None:
             parameter.data.mul_(4.0)
 
 
-FAMILIES: tuple[Family, ...] = (LlavaNext(), LlavaOnevision(), ScaledOnevision(), PaliGemma())
+FAMILIES: tuple[Family, ...] = (LlavaNext(), LlavaOnevision(), ScaledOnevision(), PaliGemma(), VideoLlava())

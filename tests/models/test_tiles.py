@@ -190,8 +190,9 @@ def test_stages_are_refused_for_images_that_the_model_scales_behind_the_encoder(
     prune_inputs(scaled.model, small, make_pruner("dcp_progressive", num_tokens=6))
 
 
-def test_videos_are_refused_and_not_left_unpruned_in_silence() -> None:
-    (family,) = (family for family in FAMILIES if family.name == "llava_onevision")
+@pytest.mark.parametrize("name", ["llava_onevision", "video_llava"])
+def test_videos_are_refused_and_not_left_unpruned_in_silence(name: str) -> None:
+    (family,) = (family for family in FAMILIES if family.name == name)
     ids = torch.tensor([[1, 63, 63, 21]])
     call = {"input_ids": ids, "pixel_values_videos": torch.zeros(1, 2, 3, 56, 56)}
     model = copy.deepcopy(family.model)

@@ -95,10 +95,14 @@ def _supported_models() -> list[dict[str, Any]]:
 
 
 def _show_matrix(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table("Model class", "tiles", "in the encoder", "saliency from", "refused pruners", box=None, pad_edge=False)
+    table = Table(
+        "Model class", "tiles", "in the encoder", "saliency from", "refused pruners", box=None, pad_edge=False
+    )
     for row in rows:
         marks = ["yes" if row[flag] else "-" for flag in ("tiles", "in_encoder")]
-        table.add_row(row["name"], *marks, row["saliency"].replace("[", "\\["), ", ".join(row["refused_pruners"]) or "-")
+        table.add_row(
+            row["name"], *marks, row["saliency"].replace("[", "\\["), ", ".join(row["refused_pruners"]) or "-"
+        )
     console.print(table)
     console.print()
     reasons = {f"{pruner}: {why}" for row in rows for pruner, why in row["refused_pruners"].items()}

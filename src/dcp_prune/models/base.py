@@ -23,6 +23,7 @@ _ADAPTERS = {
     "LlavaNextForConditionalGeneration": "dcp_prune.models.llava_next:LlavaNextAdapter",
     "LlavaOnevisionForConditionalGeneration": "dcp_prune.models.llava_onevision:LlavaOnevisionAdapter",
     "PaliGemmaForConditionalGeneration": "dcp_prune.models.paligemma:PaliGemmaAdapter",
+    "VideoLlavaForConditionalGeneration": "dcp_prune.models.video_llava:VideoLlavaAdapter",
 }
 """Name of the model's class -> `module:class` of its adapter, imported when a model asks for it."""
 

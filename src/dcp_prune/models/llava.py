@@ -29,6 +29,7 @@ class LlavaAdapter(ModelAdapter):
     absent: ClassVar[Mapping[Signal, str]] = {
         Signal.CLIP_SIMILARITY: "it takes CLIP's text tower and projections, which LLaVA checkpoints do not hold"
     }
+    tower_name: ClassVar[str] = "vision_tower"
     strategy: ClassVar[str] = "default"
     """`vision_feature_select_strategy` under which every feature is a patch."""
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
@@ -36,7 +37,7 @@ class LlavaAdapter(ModelAdapter):
     def __init__(self, model: Any) -> None:
         config = model.config
         self.model = model
-        tower = model.model.vision_tower
+        tower = getattr(model.model, self.tower_name)
         layer = config.vision_feature_layer
         if not isinstance(layer, int):
             raise UnsupportedModelError(
@@ -84,7 +85,7 @@ class LlavaAdapter(ModelAdapter):
         return self.tower.grid(pixel_values)
 
     def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
-        pixels = images["pixel_values"]
+        pixels = images[self.image_inputs[0]]
         return [plain_layout(*self.grid(pixels))] * pixels.shape[0]
 
     def encode(
@@ -96,7 +97,7 @@ class LlavaAdapter(ModelAdapter):
         layouts: Sequence[ImageLayout] | None = None,
     ) -> EncodedImages:
         if layouts is None:
-            layouts = self.layouts({"pixel_values": pixel_values})
+            layouts = self.layouts({self.image_inputs[0]: pixel_values})
         walk = self.tower.walk(self.stack_tiles(pixel_values, layouts), self.check_stages(stages), signals, lap)
         features = self.model.model.multi_modal_projector(walk.encoder.features)
         return self.finish(walk.encoded(features, layouts, with_encoder=bool(signals)), features)
