@@ -29,7 +29,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from conftest import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, build_processor
+from tiny_llava import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, build_processor
 
 TILE, PATCH = 56, 14
 SIZES = ((90, 90), (60, 120), (100, 40))

@@ -86,8 +86,8 @@ class Method:
     def options(self) -> dict[str, Any]:
         """The pruner's whole configuration but its budget, as plain JSON values."""
         fields = {} if self.pruner is None else asdict(self.pruner)
-        budget = ("num_tokens", "keep_ratio", "scope")
-        return {name: _plain(value) for name, value in fields.items() if name not in budget}
+        left_out = ("num_tokens", "keep_ratio", *(("scope",) if fields.get("scope") == "image" else ()))
+        return {name: _plain(value) for name, value in fields.items() if name not in left_out}
 
 
 @dataclass(frozen=True)
