@@ -11,7 +11,7 @@ CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lmms-eval lint format bench sweeps readme report train-testbed
+.PHONY: help demo test test-lmms-eval lint format bench sweeps report train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,13 +41,10 @@ bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama
 
 sweeps: $(DEV) ## measure every pruner on held-out questions (hours; stop it, and it goes on where it was), then draw the report
 	tools/run_sweeps.sh
-	$(MAKE) report readme
+	$(MAKE) report
 
-readme: $(RUNTIME) ## rebuild the tables of README.md and docs/performance.md from results/
-	$(BIN)/python -m dcp_prune.report.tables README.md docs/performance.md
-
-report: $(DEV) ## rebuild docs/results.md and its figures from the records in results/
-	$(BIN)/python -m dcp_prune.report.pages docs/results.md
+report: $(DEV) ## rebuild the tables and figures of README.md and docs/ from the records and result files in results/
+	$(BIN)/python -m dcp_prune.report.pages README.md docs/results.md docs/performance.md
 
 train-testbed: $(RUNTIME) ## train the testbed model, going on from its last checkpoint (hours on a CPU)
 	$(BIN)/python -m dcp_prune.testbed.train $(ARGS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +23,7 @@ from dcp_prune.report.scores import Scores
 from dcp_prune.report.sections import SECTIONS, Analysis, Output
 from dcp_prune.report.targets import targets
 
+PROJECT = Path(__file__).parents[2]
 ONES = np.ones(240)
 
 
@@ -211,6 +214,45 @@ def test_a_page_elsewhere_shows_the_figures_of_the_docs(document):
     assert pages([str(readme)]) == 0
     assert "](docs/figures/tokens-weak-crowded.png)" in readme.read_text()
     assert (document.parent / "figures" / "tokens-weak-crowded.png").is_file()
+
+
+def test_a_page_shows_records_and_result_files_and_keeps_what_is_around_them(document):
+    readme = document.parents[1] / "README.md"
+    (readme.parent / "results" / "cost.json").write_text((PROJECT / "results" / "latency-cpu.json").read_text())
+    marks = [
+        f"<!-- table:begin {kind} {source} -->\nold\n<!-- table:end -->\n"
+        for kind, source in (("summary", "results/sweeps/weak-crowded"), ("cost", "results/cost.json"))
+    ]
+    readme.write_text(f"before\n{marks[0]}between\n{marks[1]}after\n")
+    assert pages([str(readme)]) == 0
+    text = readme.read_text()
+    assert re.findall(r"^(?:before|between|after|old)$", text, re.MULTILINE) == ["before", "between", "after"]
+    assert "| relative score, % |" in text
+    assert "[`results/cost.json`](results/cost.json)" in text
+    assert not (document.parent / "figures").exists()
+    (readme.parent / "results" / "cost.json").unlink()
+    assert pages(["--check", str(readme)]) == 1
+
+
+def test_records_of_one_name_in_several_folders_are_told_apart(graded, document):
+    graded("results/distances/weak-crowded", images=20, budgets=(16,), questions=280).write()
+    document.write_text("<!-- table:begin measured ../results -->\n<!-- table:end -->\n")
+    assert pages([str(document)]) == 0
+    table = rows(document.read_text())
+    assert table["weak, crowded, 280 questions"][-1].startswith(
+        "[`distances/weak-crowded`](../results/distances/weak-crowded) ("
+    )
+    assert table["weak, crowded, 560 questions"][-1].startswith(
+        "[`sweeps/weak-crowded`](../results/sweeps/weak-crowded) ("
+    )
+
+
+def test_the_command_refuses_a_missing_document_with_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "dcp_prune.report.pages", str(tmp_path / "none.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("cannot read ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_records_that_are_not_there_yet_and_unknown_kinds_are_said(document, capsys):

@@ -10,7 +10,6 @@ import pytest
 from dcp_prune.profiling import selection
 from dcp_prune.profiling.selection import SETTINGS, TINY, make_tokens, measure
 from dcp_prune.registry import list_pruners
-from dcp_prune.report.tables import main as draw
 from dcp_prune.report.tables import selection as table
 
 PROJECT = Path(__file__).parents[2]
@@ -94,10 +93,6 @@ def test_the_verdict_goes_by_cpu_time_and_calls_a_tie_a_tie(ours, verdict):
 
 def test_without_the_authors_times_there_is_no_verdict():
     assert table({"results": [row(20.0)], "authors": None}).splitlines()[-1] == "| `scope` | 20 (40) |  |  |"
-
-
-def test_the_page_is_up_to_date_with_the_result_file():
-    assert draw(["--check", str(PROJECT / "docs" / "performance.md")]) == 0
 
 
 @pytest.mark.parametrize(

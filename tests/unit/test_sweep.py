@@ -173,6 +173,14 @@ def test_compacting_keeps_every_row_and_goes_on_afterwards(tmp_path: Path) -> No
     assert _answers(tmp_path) == _expected(5)
 
 
+def test_compacted_records_need_no_folder_of_parts(tmp_path: Path) -> None:
+    sweep(CountingSource(), METHODS, tmp_path, compact=True)
+    (tmp_path / "parts").rmdir()  # as in a fresh clone: git keeps no empty folder
+    assert _answers(tmp_path) == _expected(5)
+    assert sweep(CountingSource(), METHODS, tmp_path, compact=True).new == 0
+    assert _answers(tmp_path) == _expected(5)
+
+
 def test_compacting_that_is_killed_between_its_two_steps_counts_no_row_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,7 @@ def load_cells(folders: Sequence[str | Path]) -> tuple[Cell, ...]:
         RecordsError: a folder that is no records folder, of another version, damaged or empty; methods of one cell that
             answered different questions; or a method with other options in another folder.
     """
-    found = [folder for name in folders for folder in _expand(Path(name))]
+    found = [folder for name in folders for folder in find_records(Path(name)) or [Path(name)]]
     groups: dict[str, list[tuple[Path, Records]]] = {}
     for folder in dict.fromkeys(found):
         records = read_records(folder)
@@ -143,19 +143,19 @@ def load_cells(folders: Sequence[str | Path]) -> tuple[Cell, ...]:
     return tuple(_cell(name, group) for name, group in zip(names, groups.values(), strict=True))
 
 
+def find_records(folder: Path) -> list[Path]:
+    """The folder itself if it holds records, else those in it and in its folders that do, in alphabetical order."""
+    if (folder / "manifest.json").is_file():
+        return [folder]
+    return sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/manifest.json"))
+
+
 def digest(folder: Path) -> str:
     """Twelve hexadecimal digits that change with any byte of a folder's records."""
     found = hashlib.sha256()
     for path in sorted([*folder.glob("*.parquet"), *folder.glob("parts/*.parquet"), folder / "manifest.json"]):
         found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()[:12]
-
-
-def _expand(folder: Path) -> Iterable[Path]:
-    """The folder itself if it holds records, else those below it that do."""
-    if (folder / "manifest.json").is_file() or not folder.is_dir():
-        return [folder]
-    return sorted(path.parent for path in folder.glob("*/manifest.json")) or [folder]
 
 
 def _names(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:

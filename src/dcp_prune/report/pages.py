@@ -4,23 +4,31 @@ A document marks each part by what it shows and where that comes from, relative 
 
     <!-- table:begin summary ../results/sweeps -->
     <!-- table:end -->
+    <!-- table:begin cost ../results/latency-cpu.json -->
+    <!-- table:end -->
 
 The kinds are those of `sections.SECTIONS`, for a folder with records or one that holds such folders, and those of
-`tables.TABLES`, for a result file. Figures go to docs/figures. `python -m dcp_prune.report.pages docs/results.md`
-rewrites what lies between the marks; with `--check` it only says whether anything would change.
+`tables.TABLES`, for a result file. Figures go to docs/figures. `python -m dcp_prune.report.pages README.md` rewrites
+what lies between the marks; with `--check` it only says whether anything would change. What was not measured yet leaves
+a line that says so.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dcp_prune.errors import DcpPruneError, InvalidInputError
 from dcp_prune.files import check_writable, write_atomically
-from dcp_prune.report.cells import load_cells
+from dcp_prune.report.cells import find_records, load_cells
 from dcp_prune.report.sections import SECTIONS, Analysis, Output
-from dcp_prune.report.tables import MARK, TABLES, draw_table
+from dcp_prune.report.tables import TABLES, draw_table
+
+MARK = re.compile(
+    r"(?P<begin><!-- table:begin (?P<kind>\S+) (?P<source>\S+) -->\n).*?(?P<end><!-- table:end -->)", re.DOTALL
+)
 
 
 def render(text: str, folder: Path) -> tuple[str, dict[str, bytes]]:
@@ -42,13 +50,13 @@ def render(text: str, folder: Path) -> tuple[str, dict[str, bytes]]:
             return draw_table(kind, name, folder)
         if kind not in SECTIONS:
             raise InvalidInputError(f"unknown part {kind!r}; the kinds are {', '.join(sorted({*TABLES, *SECTIONS}))}")
-        if not any((folder / name).glob("**/manifest.json")):
+        if not find_records(folder / name):
             return f"*Not measured yet: no records in `{name}`.*"
         if name not in read:
             read[name] = [Analysis(cell) for cell in load_cells([folder / name])]
         return SECTIONS[kind][1](read[name], out)
 
-    new = MARK.sub(lambda mark: f"{mark['begin']}{part(mark['kind'], mark['file'])}\n{mark['end']}", text)
+    new = MARK.sub(lambda mark: f"{mark['begin']}{part(mark['kind'], mark['source'])}\n{mark['end']}", text)
     return new, out.files
 
 
@@ -62,9 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     check = "--check" in arguments
     documents = [Path(argument) for argument in arguments if argument != "--check"]
     if not documents:
-        raise InvalidInputError(
-            "name the documents to rebuild, as in: python -m dcp_prune.report.pages docs/results.md"
-        )
+        raise InvalidInputError("name the documents to rebuild, as in: python -m dcp_prune.report.pages README.md")
     stale = []
     for document in documents:
         try:
@@ -81,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(check_writable(path), data)
     if check and stale:
-        sys.stderr.write(f"out of date with the records: {', '.join(stale)}; run `make report`\n")
+        sys.stderr.write(f"out of date with what was measured: {', '.join(stale)}; run `make report`\n")
     return 1 if check and stale else 0
 
 

@@ -88,19 +88,23 @@ class Output:
             self.files[f"{self.figures}/{name}.{kind}"] = to_bytes(figure, kind)  # type: ignore[arg-type]
         return f"![{alt}]({self.figures}/{name}.{self.formats[0]})"
 
-    def link(self, folder: Path) -> str:
+    def link(self, folder: Path, *, with_parent: bool = False) -> str:
         """To a records folder, relative to the page, with the digest of what it holds."""
         path = Path(os.path.relpath(folder, self.folder)).as_posix()
-        return f"[`{folder.name}`]({path}) ({digest(folder)})"
+        text = f"{folder.parent.name}/{folder.name}" if with_parent else folder.name
+        return f"[`{text}`]({path}) ({digest(folder)})"
 
 
 def measured(analyses: Sequence[Analysis], out: Output) -> str:
     """What was asked of whom."""
     table = Table(["model and questions", "questions", "images", "split", "methods", "records"], left=frozenset({3, 5}))
     rows: list[Sequence[Field]] = []
+    folders = [folder for analysis in analyses for folder in analysis.cell.folders]
+    alike = len({folder.name for folder in folders}) < len(folders)  # the folder above tells them apart
+
     for cell in (analysis.cell for analysis in analyses):
         seeds = f" {cell.source['first_seed']} to {cell.source['last_seed']}" if "first_seed" in cell.source else ""
-        links = ", ".join(out.link(folder) for folder in cell.folders)
+        links = ", ".join(out.link(folder, with_parent=alike) for folder in cell.folders)
         split = f"{cell.source.get('split', '')}{seeds}".strip()
         rows.append([cell.name, f"{len(cell.image):,}", f"{cell.images:,}", split, str(len(cell.entries)), links])
     table.add("", rows)
