@@ -17,7 +17,7 @@ from dcp_prune.models import get_adapter
 from dcp_prune.registry import list_pruners, make_pruner
 
 PROMPTS = ("USER: <image> what is this ASSISTANT:", "USER: <image> where <image> is the cat", "what is the dog here")
-PRUNERS = ("dcp", "dcp_progressive", "visionzip", "random")
+PRUNERS = ("dcp", "dcp_progressive", "visionzip", "holov", "random")
 BUDGET = 6
 
 

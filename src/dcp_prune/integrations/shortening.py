@@ -23,7 +23,7 @@ from dcp_prune.integrations.prompt import (
     take_columns,
 )
 from dcp_prune.integrations.stopwatch import Stopwatch
-from dcp_prune.models import EncodedImages, ImageLayout, ModelAdapter, get_adapter
+from dcp_prune.models import EncodedImages, ImageLayout, ModelAdapter, get_adapter, plain_layout
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.tokens import PrunedTokens, Signal
 
@@ -206,7 +206,8 @@ class _Images:
     @classmethod
     def of(cls, adapter: ModelAdapter, inputs: Mapping[str, Any], encoded: EncodedImages | None) -> _Images:
         if encoded is not None:
-            return cls(adapter, None, encoded.layouts, encoded)
+            b, n = encoded.tokens.features.shape[0], encoded.tokens.num_original
+            return cls(adapter, None, encoded.layouts or (plain_layout(1, n),) * b, encoded)
         pixels = inputs.get(adapter.image_inputs[0])
         return cls(adapter, pixels, () if pixels is None else tuple(adapter.layouts(inputs)), None)
 
@@ -240,7 +241,7 @@ class _Images:
         if self.encoded is None:
             assert self.pixels is not None
             self.adapter.check_signals(type(pruner).__name__, pruner.requires)
-            return encode(self.adapter, self.pixels, self.layouts, (pruner,), lap)
+            return encode(self.adapter, self.pixels, (pruner,), lap, self.layouts)
         stages = _stages(self.adapter, self.layouts, pruner)
         if stages != self.encoded.stages:
             raise InvalidInputError(
@@ -253,15 +254,17 @@ class _Images:
 def encode(
     adapter: ModelAdapter,
     pixels: Float[Tensor, "i *tiles c y x"],
-    layouts: Sequence[ImageLayout],
     pruners: Sequence[Pruner],
     lap: Callable[[str], None] = lambda name: None,
+    layouts: Sequence[ImageLayout] | None = None,
 ) -> EncodedImages:
     """One encoder pass for pruners that agree on the stages, with all signals that any of them uses.
 
     Raises:
         InvalidInputError: they do not agree, or a stage does not fit the encoder.
     """
+    if layouts is None:
+        layouts = adapter.layouts({adapter.image_inputs[0]: pixels})
     plans = [_stages(adapter, layouts, pruner) for pruner in pruners]
     if any(plan != plans[0] for plan in plans):
         raise InvalidInputError(
@@ -330,7 +333,7 @@ def shorten(
             tokens = replace(tokens, **_embed(model, words, rows, tokens.features.device))
         pruned = pruner(tokens)
         if any(whole) and adapter.separator is not None:
-            pruned = _with_separators(pruned, coded.layouts, whole, adapter.separator)
+            pruned = _with_separators(pruned, images.layouts, whole, adapter.separator)
         watch.lap("select")
         features, lengths = pruned.features, tuple(pruned.mask.sum(dim=1).tolist())
         record = replace(

@@ -69,7 +69,7 @@ def encode_images(
     """
     adapter = get_adapter(model)
     layouts = adapter.layouts({**details, adapter.image_inputs[0]: pixel_values})
-    return encode(adapter, pixel_values, layouts, pruners)
+    return encode(adapter, pixel_values, pruners, layouts=layouts)
 
 
 def prune_inputs(

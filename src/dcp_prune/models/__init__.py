@@ -8,7 +8,7 @@ from dcp_prune.models.base import (
     get_adapter,
     supported_architectures,
 )
-from dcp_prune.models.layout import ImageLayout
+from dcp_prune.models.layout import ImageLayout, plain_layout
 
 __all__ = [
     "EncodedImages",
@@ -17,5 +17,6 @@ __all__ = [
     "Reduction",
     "adapter_class",
     "get_adapter",
+    "plain_layout",
     "supported_architectures",
 ]

@@ -47,14 +47,14 @@ class EncodedImages:
 
     Attributes:
         tokens: the visual tokens, one row per image, without a question.
-        layouts: where the tokens of each image lie.
+        layouts: where the tokens of each image lie; empty if nobody said so, and every image is one tile.
         stages: the in-encoder reductions that were applied, to each tile by itself.
         stage_stats: what each stage reported, in the same order, with a row per tile.
         stage_tokens: tokens per tile that the layers behind each stage computed, padding included, in the same order.
     """
 
     tokens: VisualTokens
-    layouts: tuple[ImageLayout, ...]
+    layouts: tuple[ImageLayout, ...] = ()
     stages: tuple[Reduction, ...] = ()
     stage_stats: tuple[Mapping[str, Tensor], ...] = ()
     stage_tokens: tuple[int, ...] = ()
@@ -63,7 +63,7 @@ class EncodedImages:
         """The images at these positions, in this order; repeat a position to ask several questions about one image."""
         index = torch.as_tensor(images, dtype=torch.long, device=self.tokens.features.device)
         chosen = index.tolist()
-        tiles = torch.tensor(tile_rows(self.layouts, chosen), device=index.device)
+        tiles = torch.tensor(tile_rows(self.layouts, chosen), device=index.device) if self.layouts else index
         encoder, lengths = self.tokens.encoder, self.tokens.tile_lengths
         tokens = _take_rows(self.tokens, index)
         return replace(
@@ -73,7 +73,7 @@ class EncodedImages:
                 encoder=None if encoder is None else _take_rows(encoder, index),
                 tile_lengths=None if lengths is None else tuple(lengths[image] for image in chosen),
             ),
-            layouts=tuple(self.layouts[image] for image in chosen),
+            layouts=tuple(self.layouts[image] for image in chosen) if self.layouts else (),
             stage_stats=tuple(
                 {name: value[tiles] if value.ndim else value for name, value in stats.items()}
                 for stats in self.stage_stats
