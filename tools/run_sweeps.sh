@@ -32,8 +32,8 @@ for checkpoint in weak aligned; do
     sweep sweeps $checkpoint crowded "$limit" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
     sweep sweeps $checkpoint crowded "$limit" 16 dcp@none "${damaged[@]/#/dcp}" "${damaged[@]/#/mmtok}"
     sweep sweeps $checkpoint standard "$limit" 16,0 none dcp dcp_progressive "${pruners[@]}"
-    sweep ablations $checkpoint crowded "$(fewer 1400)" 16,0 none dcp "${variants[@]}"
+    sweep ablations $checkpoint crowded "$(fewer 1008)" 16,0 none dcp "${variants[@]}"
     extra=(--distances)
     sweep distances $checkpoint crowded "$(fewer 1008)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
-    sweep distances $checkpoint standard "$(fewer 504)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
+    sweep distances $checkpoint standard "$(fewer 252)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
 done

@@ -90,6 +90,19 @@ def test_a_method_without_the_distance_is_no_point_of_it_and_what_never_varies_h
     assert prediction.predictors[0].name == "kappa"
 
 
+def test_who_drops_tokens_inside_the_encoder_is_no_point_of_a_distance_at_run_time(sweep):
+    made = sweep().add("none", 576, np.ones(240), 0.0)
+    for number, name in enumerate(("dcp", "scope", "holov", "flowcut")):
+        far = np.full(240, float(number))
+        seen = np.zeros(240) if name == "flowcut" else far
+        made.add(name, 16, np.arange(240) % 12 >= number, float(number), run_mmd=seen, eval_mmd=far)
+    (cell,) = load_cells([made.write()])
+    prediction = Prediction(Scores(cell, resamples=200))
+    assert {cell.entries[row].pruner for row in prediction.staged} == {"flowcut"}
+    assert (prediction.named("run.mmd").overall.points, prediction.named("eval.mmd").overall.points) == (3, 4)
+    assert prediction.named("run.mmd").overall.spearman.value == pytest.approx(-1.0)
+
+
 def test_two_points_are_no_correlation(sweep):
     made = sweep().add("none", 576, np.ones(240), 0.0).add("dcp", 16, np.ones(240), 1.0)
     (cell,) = load_cells([made.add("scope", 16, np.zeros(240), 2.0).write()])

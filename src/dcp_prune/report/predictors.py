@@ -96,9 +96,24 @@ class Prediction:
         rows = self._complete(name)
         return rows, self.scores.cell.distances[name][rows].mean(axis=1), self.scores.cell.score[rows].mean(axis=1)
 
+    @cached_property
+    def staged(self) -> frozenset[int]:
+        """Rows of pruners that drop tokens inside the encoder: they never hold the full set that they choose from, so a
+        distance at run time compares what they kept with what they kept."""
+        distances = self.scores.cell.distances
+        pairs = [(distances[name], distances.get(f"eval.{name[4:]}")) for name in distances if name.startswith("run.")]
+        return frozenset(
+            row
+            for row in self.rows
+            if any(
+                full is not None and not np.array_equal(seen[row], full[row], equal_nan=True) for seen, full in pairs
+            )
+        )
+
     def _complete(self, name: str) -> list[int]:
         values = self.scores.cell.distances[name]
-        return [row for row in self.rows if not np.isnan(values[row]).any()]
+        left_out = self.staged if name.startswith("run.") else frozenset()
+        return [row for row in self.rows if row not in left_out and not np.isnan(values[row]).any()]
 
     def _predictor(self, name: str) -> Predictor | None:
         rows = self._complete(name)

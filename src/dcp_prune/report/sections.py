@@ -408,8 +408,13 @@ def _prediction(analysis: Analysis, out: Output) -> str:
     if best.name == "kappa":
         best = next((predictor for predictor in found if predictor.name != "kappa"), best)
     figure = _prediction_figure(analysis, [best.name] + ["kappa"] * (best.name != "kappa"), out)
-    points, content = found[0].overall.points, found[0].overall.points_content
+    most = max((p.overall for p in found), key=lambda correlation: correlation.points)
+    points, content = most.points, most.points_content
     rest = f" The best {SHOWN} of {len(found)} and kappa are shown." if len(shown) < len(found) else ""
+    staged = {cell.entries[row].pruner: None for row in analysis.prediction.staged}
+    blind = (
+        f"; without {_code(sorted(staged))}, which never holds the full set since it drops tokens inside the encoder"
+    )
     return _paragraphs(
         figure,
         table.markdown(),
@@ -417,8 +422,8 @@ def _prediction(analysis: Analysis, out: Output) -> str:
         f"each task of them; in brackets 95 % intervals over images. Without plain: {content} points, {_code(PLAIN)} "
         "left out, whose choice does not depend on content. AUC: chance that, of two questions that the unpruned model "
         "answers right, the one that breaks has the larger distance; within: among answers of one pruner at one "
-        f"budget. `run.`: known to the pruner when it chooses; `eval.` and `kappa`: against an unpruned encoder "
-        f"pass.{rest}</sub>",
+        f"budget. `run.`: known to the pruner when it chooses{blind if staged else ''}; `eval.` and `kappa`: against "
+        f"an unpruned encoder pass.{rest}</sub>",
     )
 
 
