@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Self
@@ -487,7 +487,7 @@ def encoder_stages(model: Any, pixels: Float[Tensor, "i c y x"], pruner: Pruner)
     return adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers))
 
 
-def image_features_as_inputs(model: Any, features: Sequence[Float[Tensor, "k d"]]) -> dict[str, Any]:
+def image_features_as_inputs(model: Any, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
     """Model inputs that stand in for images whose prompts hold exactly as many placeholders; built anew every time."""
     return get_adapter(model).hand_over(features)
 

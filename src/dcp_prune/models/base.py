@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
@@ -196,7 +196,7 @@ class ModelAdapter(ABC):
         """
 
     @abstractmethod
-    def hand_over(self, features: Sequence[Float[Tensor, "k d"]]) -> dict[str, Any]:
+    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
         """Model inputs that stand in for `image_inputs`: each image's features as the model's `forward` takes them.
 
         Built anew on every call, since `generate` rewrites them in place for beams.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar
 
@@ -110,5 +110,5 @@ class LlavaAdapter(ModelAdapter):
         """All tiles of all images, without those that only pad a batch."""
         return pixel_values
 
-    def hand_over(self, features: Sequence[Float[Tensor, "k d"]]) -> dict[str, Any]:
+    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))}}  # type: ignore[arg-type]

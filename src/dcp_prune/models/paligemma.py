@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar
 
@@ -65,6 +65,6 @@ class PaliGemmaAdapter(ModelAdapter):
         features = self.model.model.multi_modal_projector(self.tower.module.post_layernorm(walk.encoder.features))
         return walk.encoded(features, layouts, with_encoder=bool(signals))
 
-    def hand_over(self, features: Sequence[Float[Tensor, "k d"]]) -> dict[str, Any]:
+    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
         made = BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
         return {"mm_encoder_outputs": {"image": made}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,6 @@ class VideoLlavaAdapter(LlavaAdapter):
     image_inputs = ("pixel_values_images", "vision_feature_layer", "vision_feature_select_strategy")
     unpruned_inputs = ("pixel_values_videos",)
 
-    def hand_over(self, features: Sequence[Float[Tensor, "k d"]]) -> dict[str, Any]:
+    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
         made = BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
         return {"mm_encoder_outputs": {"image": made}}
