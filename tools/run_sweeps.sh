@@ -8,7 +8,7 @@ results=${1:-results}
 limit=${LIMIT:-4004}
 
 pruners=(random uniform cls_attention visionzip holov flowcut prunesid scope mmtok divprune vispruner otprune)
-damaged=(@wrong @noise=0.5 @noise=0.7 @noise=0.85 @noise=1)
+damaged=(@wrong @noise=0.5 @noise=0.7 @noise=0.85 @noise=1) # what the pruner reads instead of the question
 stages='schedule=((0.5,0.5),(0.75,0.25))'
 variants=(
     dcp@none 'dcp(gate="none")' 'dcp(centre_temperature=None)' 'dcp(centres="k_center")' 'dcp(centre_sigma=None)'
@@ -30,7 +30,8 @@ mkdir -p "$results"/{sweeps,distances,ablations}
 for checkpoint in weak aligned; do
     extra=()
     sweep sweeps $checkpoint crowded "$limit" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
-    sweep sweeps $checkpoint crowded "$limit" 16 dcp@none "${damaged[@]/#/dcp}" "${damaged[@]/#/mmtok}"
+    sweep sweeps $checkpoint crowded "$limit" 16,8 dcp@none
+    sweep sweeps $checkpoint crowded "$limit" 16 "${damaged[@]/#/dcp}" "${damaged[@]/#/mmtok}"
     sweep sweeps $checkpoint standard "$limit" 16,0 none dcp dcp_progressive "${pruners[@]}"
     sweep ablations $checkpoint crowded "$(fewer 1008)" 16,0 none dcp "${variants[@]}"
     extra=(--distances)
