@@ -221,7 +221,7 @@ def test_stats_report_the_kappa_of_what_was_kept_and_the_distance_that_was_judge
 def test_selecting_anew_covers_what_matters_better_than_the_first_choice():
     tokens = scene(3)
     always, never = DCPPruner(num_tokens=K)(tokens), DCPPruner(num_tokens=K, threshold=math.inf)(tokens)
-    weights = always.stats["scores"]
+    weights = always.stats["relevance"] ** DCPPruner(num_tokens=K).relevance_power
     after = DISTANCES["coverage"](always.features, tokens.features, weights=weights)
     assert (after < never.stats["distance"]).all()
     torch.testing.assert_close(

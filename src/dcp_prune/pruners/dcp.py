@@ -123,7 +123,8 @@ class DCPPruner(Pruner):
 
         first_choice: rule of the first choice after the encoder, one of those of `anchors`.
         trigger: distance between first choice and all tokens that decides on re-selection, a name in
-            `functional.distribution.DISTANCES`. `coverage` is weighted by saliency and question, the others are not.
+            `functional.distribution.DISTANCES`. `coverage` is weighted by relevance ** `relevance_power` (without a
+            question by the weights of the selection), the others are not weighted.
         threshold: re-select where the distance is above it; 0 always re-selects, inf never.
 
         space: features in which tokens are alike: the `encoder`'s (where the tokens carry none, those of the language
@@ -288,7 +289,7 @@ class DCPPruner(Pruner):
             gather_tokens(visual, first),
             visual,
             full_mask=tokens.mask,
-            weights=weights if self.trigger == "coverage" else None,
+            weights=self._trigger_weights(weights, relevance),
         )
         severe = distance > self.threshold
         affinity = similarity if cosines is None or words is None else self._affinity(similarity, cosines, words)
@@ -340,6 +341,14 @@ class DCPPruner(Pruner):
         if relevance is not None:
             weights = weights + self.text_weight * relevance**self.relevance_power
         return weights.masked_fill(~tokens.mask, 0.0)
+
+    def _trigger_weights(
+        self, weights: Float[Tensor, "b n"], relevance: Float[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n"] | None:
+        """What the question speaks of, where there is one: of all distances, coverage of that predicts the loss best."""
+        if self.trigger != "coverage":
+            return None
+        return weights if relevance is None else relevance**self.relevance_power
 
     def _affinity(
         self, similarity: Float[Tensor, "b n n"], cosines: Float[Tensor, "b n t"], words: Float[Tensor, "b t"]

@@ -196,5 +196,5 @@ def _spearman(prediction: Prediction) -> tuple[Interval, str]:
     strength = found if found.value >= 0 else Interval(-found.value, -found.high, -found.low)
     among = sum(predictor.at_run_time for predictor in prediction.predictors)
     staged = {prediction.scores.cell.entries[row].pruner for row in prediction.staged}
-    without = f"; without {', '.join(f'`{name}`' for name in sorted(staged))}, which drop inside the encoder"
+    without = f"; without {', '.join(f'`{name}`' for name in sorted(staged))}, dropping tokens inside the encoder"
     return strength, f"`{best.name}`, the best of {among}, chosen on these questions{without if staged else ''}"
