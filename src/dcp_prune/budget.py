@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from dcp_prune.errors import InvalidInputError
+
+Scope = Literal["image", "tile"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Visual tokens to keep per image: exactly one of `num_tokens` and `keep_ratio`, checked at construction.
+    """Visual tokens to keep: exactly one of `num_tokens` and `keep_ratio`, checked at construction.
 
     Attributes:
         num_tokens: a count, at least 1.
-        keep_ratio: a share of the image's tokens in (0, 1]; the count is rounded half up and never below 1.
+        keep_ratio: a share of the tokens in (0, 1]; the count is rounded half up and never below 1.
+        scope: what the budget is for: an `image` with all its tiles together, or each `tile` by itself, where a model
+            cuts images into tiles. An image of one tile is the same in both.
 
     Raises:
-        InvalidInputError: both or neither given, a count that is no positive integer, a share outside (0, 1].
+        InvalidInputError: both or neither given, a count that is no positive integer, a share outside (0, 1], a scope
+            that is neither.
     """
 
     num_tokens: int | None = None
     keep_ratio: float | None = None
+    scope: Scope = "image"
 
     def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise InvalidInputError(f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}")
         if (self.num_tokens is None) == (self.keep_ratio is None):
             given = "neither" if self.num_tokens is None else "both"
             raise InvalidInputError(f"give exactly one of num_tokens (a count) and keep_ratio (a share), not {given}")

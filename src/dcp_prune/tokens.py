@@ -17,7 +17,8 @@ class Signal(StrEnum):
     ENCODER_FEATURES = "encoder.features"
     """Features as they leave the vision encoder, before the projector (`EncoderTokens.features`)."""
     CLS_ATTENTION = "encoder.cls_attention"
-    """Attention that [CLS] pays to each token at the feature layer (`EncoderTokens.cls_attention`)."""
+    """Attention that [CLS] pays to each token at the feature layer (`EncoderTokens.cls_attention`); in encoders without
+    [CLS], the attention that each token receives from all."""
     KEYS = "encoder.keys"
     """Attention keys of the feature layer, averaged over heads (`EncoderTokens.keys`)."""
     VALUES = "encoder.values"
@@ -39,7 +40,8 @@ class EncoderTokens:
         positions: (row, col) on the image grid, in patch units. `b n 2`.
         indices: position of each token among the original tokens of its image, ascending. `b n`.
         cls_attention: attention that [CLS] pays to each token, averaged over heads; sums to less than 1 since
-            the [CLS]-to-[CLS] share is left out. `b n`, or None if nobody asked for it.
+            the [CLS]-to-[CLS] share is left out. In encoders without [CLS], the attention that each token receives,
+            averaged over heads and all tokens. `b n`, or None if nobody asked for it.
         keys: attention keys averaged over heads. `b n c`, or None if nobody asked for them.
         values: attention values averaged over heads; their norm tells how much a token has to pass on. `b n c`, or
             None if nobody asked for them.
@@ -90,18 +92,24 @@ class VisualTokens:
     After in-encoder stages only the n survivors are left; `indices`, `num_original` and `assignment` tell where they
     came from. Without such stages `indices` counts 0..n-1 and `assignment` is the identity.
 
+    Where a model cuts an image into tiles, a row holds the tokens of all its tiles. Its original tokens are then the
+    image's placeholders in the prompt, separators between rows of patches included: those are never offered.
+
     Attributes:
         features: `b n d`.
         mask: False marks padding. `b n`.
         positions: (row, col) on the image grid, in patch units. `b n 2`.
         indices: position of each token among the original tokens of its image, ascending. `b n`.
-        num_original: number of visual tokens before any stage, N.
+        num_original: number of original tokens before any stage, N; where images differ, of the largest.
         assignment: original token -> slot in 0..n-1 that absorbed it so far, -1 if dropped. `b N`.
         encoder: the same tokens before the projector, with the signals that were asked for.
         text: word embeddings of the question. `b t d`.
         text_mask: False marks padding in `text`. `b t`.
         clip_similarity: cosine of each token (behind CLIP's last norm and visual projection) to CLIP's embedding of the
             question, the mean over its chunks where it is longer than the text tower reads. `b n`.
+        tiles: which tile of its image each token comes from. `b n`, or None where every image is one tile.
+        tile_lengths: for each image, how many tokens each tile had before any stage, which is what a budget counts;
+            None where every image is one tile of `num_original` tokens.
     """
 
     features: Float[Tensor, "b n d"]
@@ -114,6 +122,15 @@ class VisualTokens:
     text: Float[Tensor, "b t d"] | None = None
     text_mask: Bool[Tensor, "b t"] | None = None
     clip_similarity: Float[Tensor, "b n"] | None = None
+    tiles: Int[Tensor, "b n"] | None = None
+    tile_lengths: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """For each image, how many tokens it had before any stage, separators not counted."""
+        if self.tile_lengths is None:
+            return (self.num_original,) * self.features.shape[0]
+        return tuple(map(sum, self.tile_lengths))
 
     @classmethod
     def from_features(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dcp_prune.eval import testbed as evaluation_module
 from dcp_prune.eval.testbed import Answers, Evaluation, Method
+from dcp_prune.models import supported_architectures
 from dcp_prune.registry import list_pruners, make_pruner
 from dcp_prune.testbed.world import TASKS
 
@@ -51,6 +52,18 @@ def test_the_list_names_every_pruner_and_model_and_its_json_agrees(dcp_prune: Ru
     for row in listed["pruners"] + listed["models"]:
         assert row["name"] in words
         assert row["summary"].split()[0] in words
+
+
+def test_the_matrix_of_models_is_drawn_from_the_flags_of_their_adapters(dcp_prune: Run) -> None:
+    outcome = dcp_prune("list", "--models")
+    rows = {row["name"]: row for row in json.loads(dcp_prune("list", "--models", "--json").out)["models"]}
+    assert set(rows) == set(supported_architectures())
+    lines = {line.split()[0]: line for line in outcome.out.splitlines() if line.strip()}
+    for name, row in rows.items():
+        assert row["saliency"] in lines[name]
+        assert all(pruner in lines[name] for pruner in row["refused_pruners"])
+    assert rows["LlavaNextForConditionalGeneration"]["tiles"]
+    assert rows["PaliGemmaForConditionalGeneration"]["refused_pruners"]["flowcut"] == "its encoder has no [CLS] token"
 
 
 def test_run_answers_and_writes_the_same_as_json(dcp_prune: Run, picture: Path) -> None:

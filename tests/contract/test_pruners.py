@@ -414,3 +414,51 @@ def test_what_a_stage_hands_on_is_all_that_it_remembers(name, tokens):
         first, again = stage.reduce(tokens.encoder), stage.reduce(tokens.encoder)
         assert torch.equal(first.kept, again.kept)
         assert torch.equal(first.features, again.features)
+
+
+def cut(tokens: VisualTokens, columns: slice) -> VisualTokens:
+    """Some tokens of every image."""
+    assert tokens.encoder is not None
+    of_image = ("text", "text_mask")
+    taken = {
+        key: value[:, columns] if isinstance(value, torch.Tensor) and key not in of_image else value
+        for key, value in vars(tokens).items()
+    }
+    slots = torch.arange(N) - columns.start
+    slots = slots.masked_fill((slots < 0) | (slots >= columns.stop - columns.start), -1).expand(B, N)
+    encoder = each(tokens.encoder, lambda value: value[:, columns])
+    return replace(tokens, **taken | {"encoder": encoder, "assignment": slots})
+
+
+def test_a_budget_per_tile_is_that_of_each_tile_by_itself(name: str, tokens: VisualTokens) -> None:
+    lengths = (14, 30, 20)
+    tiles = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).expand(B, N)
+    joined = replace(tokens, tiles=tiles, tile_lengths=(lengths,) * B)
+    pruned = make_pruner(name, num_tokens=5, scope="tile")(joined)
+    assert pruned.indices.shape == (B, 15)
+    assert pruned.mask.all()
+    starts = [0, 14, 44]
+    alone = []
+    for start, length in zip(starts, lengths, strict=True):
+        part = replace(cut(tokens, slice(start, start + length)), tile_lengths=((length,),) * B)
+        alone.append(make_pruner(name, num_tokens=5)(part).indices)
+    assert torch.equal(pruned.indices, torch.cat(alone, dim=1))
+    assert torch.equal(pruned.assignment.gather(1, pruned.indices), torch.arange(15).expand(B, 15))
+    absorbed = pruned.assignment.clamp(min=0) // 5
+    assert torch.equal(absorbed.masked_fill(pruned.assignment < 0, -1), tiles.masked_fill(pruned.assignment < 0, -1))
+
+
+def test_images_with_budgets_of_their_own_are_what_they_are_alone(name: str) -> None:
+    counts = (N, 40, 24)
+    mask = torch.arange(N) < torch.tensor(counts).unsqueeze(1)
+    tokens = replace(make_tokens(mask=mask), tile_lengths=tuple((count,) for count in counts))
+    pruner = make_pruner(name, keep_ratio=0.25)
+    together = pruner(tokens)
+    assert together.mask.sum(dim=1).tolist() == [16, 10, 6]
+    for row, count in enumerate(counts):
+        single = replace(rows(tokens, torch.tensor([row])), tile_lengths=((count,),))
+        alone = pruner(single)
+        kept = together.mask[row]
+        assert torch.equal(together.indices[row][kept], alone.indices[0])
+        assert torch.equal(together.assignment[row], alone.assignment[0])
+        torch.testing.assert_close(together.features[row][kept], alone.features[0])

@@ -24,7 +24,7 @@ def ids(*rows: list[int]) -> Tensor:
 
 
 def test_adjacent_images_are_counted_off_by_their_length() -> None:
-    rows, places = locate_images(ids([1, 4, 4, 4, 4, 9], [4, 4, 9, 9, 9, 9]), IMAGE, 2, 3)
+    rows, places = locate_images(ids([1, 4, 4, 4, 4, 9], [4, 4, 9, 9, 9, 9]), IMAGE, [2, 2, 2])
     assert rows.tolist() == [0, 0, 1]
     assert places.tolist() == [[1, 2], [3, 4], [0, 1]]
 
@@ -42,7 +42,26 @@ def test_images_and_placeholders_that_do_not_match_are_refused(
     prompt: list[list[int]], images: int, sentence: str
 ) -> None:
     with pytest.raises(InvalidInputError, match=sentence):
-        locate_images(ids(*prompt), IMAGE, 2, images)
+        locate_images(ids(*prompt), IMAGE, [2] * images)
+
+
+def test_images_of_different_lengths_are_counted_off_in_order() -> None:
+    rows, places = locate_images(ids([1, 4, 4, 4, 4, 9], [4, 4, 9, 9, 9, 9]), IMAGE, [1, 3, 2])
+    assert rows.tolist() == [0, 0, 1]
+    assert places.tolist() == [[1, -1, -1], [2, 3, 4], [0, 1, -1]]
+
+
+@pytest.mark.parametrize("lengths", [[2, 3, 1], [1, 3], [1, 3, 3]])
+def test_images_of_different_lengths_that_do_not_fill_the_rows_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(InvalidInputError, match=r"hold \[4, 2\] image placeholders, but the images have"):
+        locate_images(ids([1, 4, 4, 4, 4, 9], [4, 4, 9, 9, 9, 9]), IMAGE, lengths)
+
+
+def test_images_of_different_lengths_keep_what_each_keeps() -> None:
+    batch = ids([1, 4, 4, 4, 4, 9], [4, 4, 9, 9, 9, 9])
+    rows, places = locate_images(batch, IMAGE, [1, 3, 2])
+    columns = surviving_columns(None, batch, rows, places, torch.tensor([[0, -1], [0, 2], [1, -1]]))
+    assert columns.tolist() == [[0, 1, 2, 4, 5], [1, 2, 3, 4, 5]]
 
 
 def test_the_question_is_what_follows_the_last_image_without_special_tokens_and_padding() -> None:

@@ -34,11 +34,11 @@ def test_a_model_without_adapter_is_refused_with_the_list_of_supported_ones() ->
 
 
 def test_a_near_name_is_suggested() -> None:
-    class LlavaNextForConditionalGeneration(torch.nn.Module):
+    class LlavaNextVideoForConditionalGeneration(torch.nn.Module):
         pass
 
-    with pytest.raises(UnsupportedModelError, match="nearest is LlavaForConditionalGeneration"):
-        get_adapter(LlavaNextForConditionalGeneration())
+    with pytest.raises(UnsupportedModelError, match="nearest is LlavaNextForConditionalGeneration"):
+        get_adapter(LlavaNextVideoForConditionalGeneration())
 
 
 def test_a_compiled_wrapper_is_refused_with_the_way_out(model: Any) -> None:

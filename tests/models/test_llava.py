@@ -168,7 +168,7 @@ def test_values_of_a_layer_whose_weight_cannot_be_read_are_the_same(model: Any, 
 
 
 def test_nothing_is_captured_that_nobody_asked_for(model: Any, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dcp_prune.models.llava.folded_cls_attention_row", lambda *a, **k: pytest.fail("captured"))
+    monkeypatch.setattr("dcp_prune.models.tower.folded_cls_attention_row", lambda *a, **k: pytest.fail("captured"))
     get_adapter(model).encode(pixels, signals=frozenset({Signal.ENCODER_FEATURES}))
 
 
@@ -295,7 +295,7 @@ def test_stages_that_keep_a_fixed_number_never_see_a_mask(model: Any, pixels: Te
 def test_an_attention_without_padding_masks_is_refused_where_images_differ(
     model: Any, uneven_pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcp_prune.models.llava.create_bidirectional_mask", lambda **_: None)
+    monkeypatch.setattr("dcp_prune.models.tower.create_bidirectional_mask", lambda **_: None)
     adapter = get_adapter(model)
     with pytest.raises(UnsupportedModelError, match=r"'sdpa' takes no padding mask.* encode them one by one"):
         adapter.encode(uneven_pixels, UNEVEN)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
@@ -9,12 +12,22 @@ from dcp_prune.cli.common import Json, app, check_outputs, report_result
 
 
 @app.command(name="list")
-def list_(*, json: Json = None) -> None:
-    """Show the pruners and the models that there are."""
+def list_(*, models: Annotated[bool, Parameter(negative=())] = False, json: Json = None) -> None:
+    """Show the pruners and the models that there are.
+
+    Parameters
+    ----------
+    models
+        Show what each model class supports, from the flags of its adapter.
+    """
+    check_outputs(json)
+    if models:
+        matrix = _supported_models()
+        report_result({"models": matrix}, json, lambda console: _show_matrix(console, matrix))
+        return
     from dcp_prune.registry import get_pruner, list_pruners
     from dcp_prune.tokens import Signal
 
-    check_outputs(json)
     pruners = []
     for name in list_pruners():
         cls = get_pruner(name)
@@ -28,7 +41,7 @@ def list_(*, json: Json = None) -> None:
         )
     from dcp_prune.models import supported_architectures
 
-    models = [
+    known = [
         {
             "name": "testbed-weak",
             "summary": "comes with this program; words and patches hardly look alike, as in real models",
@@ -41,7 +54,7 @@ def list_(*, json: Json = None) -> None:
     ]
 
     def show(console: Console) -> None:
-        for title, rows in (("Pruners", pruners), ("Models", models)):
+        for title, rows in (("Pruners", pruners), ("Models", known)):
             table = Table(title, "", box=None, pad_edge=False)
             for row in rows:
                 reads = f" [reads {', '.join(row['reads'])}]" if row.get("reads") else ""
@@ -49,4 +62,50 @@ def list_(*, json: Json = None) -> None:
             console.print(table)
             console.print()
 
-    report_result({"pruners": pruners, "models": models}, json, show)
+    report_result({"pruners": pruners, "models": known}, json, show)
+
+
+def _supported_models() -> list[dict[str, Any]]:
+    """One row per model class."""
+    from dcp_prune.models import adapter_class, supported_architectures
+    from dcp_prune.registry import get_pruner, list_pruners
+    from dcp_prune.tokens import Signal
+
+    rows = []
+    for name in supported_architectures():
+        adapter = adapter_class(name)
+        given = adapter.signals | {Signal.TEXT}
+        rows.append(
+            {
+                "name": name,
+                "images": True,
+                "videos": False,
+                "tiles": adapter.cuts_tiles,
+                "in_encoder": adapter.prunes_in_encoder,
+                "saliency": adapter.saliency,
+                "signals": [signal.value for signal in Signal if signal in adapter.signals],
+                "refused_pruners": {
+                    pruner: "; ".join(adapter.absent.get(signal, signal.value) for signal in sorted(missing))
+                    for pruner in list_pruners()
+                    if (missing := get_pruner(pruner).requires - given)
+                },
+            }
+        )
+    return rows
+
+
+def _show_matrix(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        "Model class", "tiles", "in the encoder", "saliency from", "refused pruners", box=None, pad_edge=False
+    )
+    for row in rows:
+        marks = ["yes" if row[flag] else "-" for flag in ("tiles", "in_encoder")]
+        table.add_row(
+            row["name"], *marks, row["saliency"].replace("[", "\\["), ", ".join(row["refused_pruners"]) or "-"
+        )
+    console.print(table)
+    console.print()
+    reasons = {f"{pruner}: {why}" for row in rows for pruner, why in row["refused_pruners"].items()}
+    for reason in sorted(reasons):
+        console.print("  " + reason.replace("[", "\\["), soft_wrap=True)
+    console.print("\nOnly images are pruned; videos are refused.")

@@ -86,7 +86,8 @@ class Method:
     def options(self) -> dict[str, Any]:
         """The pruner's whole configuration but its budget, as plain JSON values."""
         fields = {} if self.pruner is None else asdict(self.pruner)
-        return {name: _plain(value) for name, value in fields.items() if name not in ("num_tokens", "keep_ratio")}
+        left_out = ("num_tokens", "keep_ratio", *(("scope",) if fields.get("scope") == "image" else ()))
+        return {name: _plain(value) for name, value in fields.items() if name not in left_out}
 
 
 @dataclass(frozen=True)

@@ -66,19 +66,26 @@ def received_attention(
     keys: Float[Tensor, "b n h c"],
     *,
     scale: float | None = None,
+    mask: Bool[Tensor, "b n"] | None = None,
     block_size: int = 64,
 ) -> Float[Tensor, "b n"]:
     """Attention that each token receives, averaged over heads and all queries: saliency for encoders without [CLS].
 
-    Works through the queries in blocks, so that at most `b h block_size n` logits exist at once.
+    Works through the queries in blocks, so that at most `b h block_size n` logits exist at once. Padding, where `mask`
+    is False, neither asks nor receives.
     """
     b, n, _, c = queries.shape
     total = torch.zeros(b, n, dtype=torch.float32, device=queries.device)
     keys = keys.float()
-    for block in queries.float().split(block_size, dim=1):
+    for start in range(0, n, block_size):
+        block = queries[:, start : start + block_size].float()
         logits = torch.einsum("bqhc,bnhc->bhqn", block, keys) * (c**-0.5 if scale is None else scale)
-        total = total + logits.softmax(dim=-1).mean(dim=1).sum(dim=1)
-    return total / n
+        if mask is None:
+            total = total + logits.softmax(dim=-1).mean(dim=1).sum(dim=1)
+            continue
+        rows = logits.masked_fill_(~mask[:, None, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+        total = total + rows.masked_fill(~mask[:, start : start + block_size].unsqueeze(2), 0.0).sum(dim=1)
+    return total / (n if mask is None else mask.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 def _mean_row(

@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dcp_prune.errors import InvalidInputError
 
 
 def locate_images(
-    ids: Int[Tensor, "b l"], image_token_id: int, num_tokens: int, num_images: int
+    ids: Int[Tensor, "b l"], image_token_id: int, lengths: Sequence[int]
 ) -> tuple[Int[Tensor, " i"], Int[Tensor, "i n"]]:
-    """Which row each image belongs to, and the columns of its n placeholders.
+    """Which row each image belongs to, and the columns of its placeholders; -1 behind those of shorter images.
 
-    Images are counted off by their known length, not by runs of placeholders: two images may be adjacent.
+    Images are counted off by their known lengths, not by runs of placeholders: two images may be adjacent.
 
     Raises:
-        InvalidInputError: no placeholder, or not n for each of the images.
+        InvalidInputError: no placeholder, or not `lengths` of them.
     """
     placeholders = ids == image_token_id
     counts = placeholders.sum(dim=1).tolist()
     if sum(counts) == 0:
         raise InvalidInputError(
-            f"{num_images} image(s) came with a prompt that holds no image placeholder (token {image_token_id}); "
+            f"{len(lengths)} image(s) came with a prompt that holds no image placeholder (token {image_token_id}); "
             "write the placeholder into the prompt, e.g. '<image>', and let the model's processor expand it"
         )
-    if any(count % num_tokens for count in counts):
+    per_row = images_per_row(counts, lengths)
+    owner = torch.tensor([row for row, count in enumerate(per_row) for _ in range(count)], device=ids.device)
+    _, columns = placeholders.nonzero(as_tuple=True)
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return owner, columns.view(len(lengths), longest)
+    return owner, pad_sequence(list(columns.split(list(lengths))), batch_first=True, padding_value=-1)
+
+
+def images_per_row(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """How many images stand in each row of a prompt, where row r holds `counts[r]` placeholders.
+
+    Raises:
+        InvalidInputError: the rows cannot be filled with images of these lengths, in this order.
+    """
+    if len(set(lengths)) == 1:
+        n = lengths[0]
+        if any(count % n for count in counts):
+            raise InvalidInputError(
+                f"the prompt's rows hold {list(counts)} image placeholders, no multiple of the {n} visual tokens of an "
+                "image; make the ids with the model's processor, which expands each placeholder, and do not truncate "
+                "them"
+            )
+        if sum(counts) != len(lengths) * n:
+            raise InvalidInputError(
+                f"the prompt has room for {sum(counts) // n} image(s), but {len(lengths)} were given; "
+                "write exactly one placeholder per image"
+            )
+        return [count // n for count in counts]
+    ends = [0, *accumulate(lengths)]
+    borders = [0, *accumulate(counts)]
+    if borders[-1] != ends[-1] or not set(borders) <= set(ends):
         raise InvalidInputError(
-            f"the prompt's rows hold {counts} image placeholders, no multiple of the {num_tokens} visual tokens of an "
-            "image; make the ids with the model's processor, which expands each placeholder, and do not truncate them"
+            f"the prompt's rows hold {list(counts)} image placeholders, but the images have {list(lengths)} visual "
+            "tokens; make the ids and the images in one call of the model's processor, and do not truncate them"
         )
-    if sum(counts) != num_images * num_tokens:
-        raise InvalidInputError(
-            f"the prompt has room for {sum(counts) // num_tokens} image(s), but {num_images} were given; "
-            "write exactly one placeholder per image"
-        )
-    rows, columns = placeholders.nonzero(as_tuple=True)
-    return rows.view(num_images, num_tokens)[:, 0], columns.view(num_images, num_tokens)
+    places = [ends.index(border) for border in borders]
+    return [after - before for before, after in pairwise(places)]
 
 
 def find_question(
@@ -67,16 +97,20 @@ def surviving_columns(
 ) -> Int[Tensor, "b m"]:
     """Column of the prompt that lands in each column of the short prompt; -1 is padding.
 
-    Rows keep all their text, and of each image the k `kept` placeholders. m is the longest row; padding is taken off
-    and put back on the side where the batch had it (left if it had none), masked columns inside a row stay.
+    Rows keep all their text, and of each image the `kept` placeholders (-1 is none). m is the longest row; padding is
+    taken off and put back on the side where the batch had it (left if it had none), masked columns inside a row stay.
     """
     keep = torch.ones_like(ids, dtype=torch.bool)
     right = False
     if mask is not None:
         keep = (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
         right = bool(((~mask[:, -1]).any() & mask[:, 0].all()).item())
+    # The column behind the last takes what images of fewer tokens have no column for.
+    keep = torch.cat((keep, keep[:, :1]), dim=1)
+    survivors = columns.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, -1)
     keep[rows.unsqueeze(1), columns] = False
-    keep[rows.unsqueeze(1), columns.gather(1, kept)] = True
+    keep[rows.unsqueeze(1), survivors] = True
+    keep = keep[:, :-1]
     length = int(keep.sum(dim=1).max().item())
     order = torch.argsort(keep.int(), dim=1, stable=True, descending=right)
     order = order[:, :length] if right else order[:, keep.shape[1] - length :]

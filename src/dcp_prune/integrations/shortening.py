@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from dcp_prune.budget import Budget
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.prompt import (
     compact_positions,
     find_question,
+    images_per_row,
     locate_images,
     surviving_columns,
     take_columns,
 )
 from dcp_prune.integrations.stopwatch import Stopwatch
-from dcp_prune.models import EncodedImages, ModelAdapter, get_adapter
+from dcp_prune.models import EncodedImages, ImageLayout, ModelAdapter, get_adapter, plain_layout
 from dcp_prune.pruners.base import Pruner
-from dcp_prune.tokens import Signal
+from dcp_prune.tokens import PrunedTokens, Signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,20 +34,20 @@ class PruneRecord:
 
     Attributes:
         pruner: the pruner that did it.
-        tokens_before, tokens_after: visual tokens per image.
+        layouts: where the original tokens of each image lie.
         prompt_before: columns of the original prompt, padding included.
         columns: column of the original prompt in each column of the short one, -1 for padding. `b m`.
         rows: batch row of each image. `i`.
-        indices: ascending positions of the kept tokens among the original ones. `i k`.
+        indices: ascending positions of the kept tokens among the original ones, which are the image's placeholders; -1
+            behind the last where an image keeps fewer than another. `i k`.
         assignment: original token -> slot that absorbed it, -1 if it was dropped. `i n`.
         stats: what the pruner reported, e.g. `kappa` `i`.
-        stage_stats: what each in-encoder stage reported.
+        stage_stats: what each in-encoder stage reported, with a row per tile.
         watch: the running times; read them as `milliseconds`.
     """
 
     pruner: Pruner
-    tokens_before: int
-    tokens_after: int
+    layouts: tuple[ImageLayout, ...]
     prompt_before: int
     columns: Int[Tensor, "b m"]
     rows: Int[Tensor, " i"]
@@ -55,12 +59,39 @@ class PruneRecord:
 
     @classmethod
     def idle(
-        cls, pruner: Pruner, num_tokens: int, width: int, rows: Int[Tensor, " i"], num_rows: int, watch: Stopwatch
+        cls,
+        pruner: Pruner,
+        layouts: Sequence[ImageLayout],
+        width: int,
+        rows: Int[Tensor, " i"],
+        num_rows: int,
+        watch: Stopwatch,
     ) -> Self:
         """The record of a call that removes nothing."""
-        every = torch.arange(num_tokens, device=rows.device).expand(len(rows), num_tokens)
+        every = _every_token([len(layout) for layout in layouts], rows.device)
         columns = torch.arange(width, device=rows.device).expand(num_rows, width)
-        return cls(pruner, num_tokens, num_tokens, width, columns, rows, every, every, {}, (), watch)
+        return cls(pruner, tuple(layouts), width, columns, rows, every, every, {}, (), watch)
+
+    @property
+    def tokens_before(self) -> int:
+        """Placeholders of an image in the original prompt; of the largest image where they differ."""
+        return max(map(len, self.layouts))
+
+    @property
+    def tokens_after(self) -> int:
+        """Visual tokens that an image keeps; of the one that keeps most where they differ."""
+        return self.indices.shape[1]
+
+    @property
+    def tokens_per_image(self) -> list[tuple[int, int]]:
+        """Placeholders before and after, of each image."""
+        after = (self.indices >= 0).sum(dim=1).tolist()
+        return [(len(layout), kept) for layout, kept in zip(self.layouts, after, strict=True)]
+
+    def boxes(self, image: int) -> Float[Tensor, "k 4"]:
+        """Top, left, bottom and right edge of each kept token's patch, as shares of the picture that the model saw."""
+        kept = self.indices[image].cpu()
+        return self.layouts[image].boxes[kept[kept >= 0]]
 
     @property
     def prompt_after(self) -> int:
@@ -95,7 +126,9 @@ class ShortInputs:
             With a cache, both prompts begin with the conversation so far. `b m`.
         width: columns of the original prompt.
         tensors: the short inputs without the images.
-        features: the visual tokens that are left; None if there are none or nothing changed. `i k d`.
+        features: the visual tokens that are left; None if there are none or nothing changed. Zero where an image keeps
+            fewer than k. `i k d`.
+        lengths: how many of them are left of each image.
     """
 
     original: Mapping[str, Any]
@@ -104,13 +137,16 @@ class ShortInputs:
     width: int
     tensors: Mapping[str, Any]
     features: Float[Tensor, "i k d"] | None
+    lengths: tuple[int, ...]
     adapter: ModelAdapter = field(repr=False)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Ready for `model(**inputs)` and `model.generate(**inputs)`; a fresh dictionary every time."""
-        images = {} if self.features is None else self.adapter.hand_over(self.features)
-        return {**self.tensors, **images}
+        if self.features is None:
+            return dict(self.tensors)
+        images = [features[:length] for features, length in zip(self.features, self.lengths, strict=True)]
+        return {**self.tensors, **self.adapter.hand_over(images)}
 
     def restore(self, sequences: Int[Tensor, "r s"]) -> Int[Tensor, "r L"]:
         """What `generate` returned for the short prompt, with the original prompt in front of the new tokens.
@@ -163,31 +199,50 @@ class _Images:
     """The images of a call, encoded already or not yet."""
 
     adapter: ModelAdapter
-    pixels: Float[Tensor, "i c y x"] | None
+    pixels: Float[Tensor, "i *tiles c y x"] | None
+    layouts: tuple[ImageLayout, ...]
     encoded: EncodedImages | None
 
+    @classmethod
+    def of(cls, adapter: ModelAdapter, inputs: Mapping[str, Any], encoded: EncodedImages | None) -> _Images:
+        if encoded is not None:
+            b, n = encoded.tokens.features.shape[0], encoded.tokens.num_original
+            return cls(adapter, None, encoded.layouts or (plain_layout(1, n),) * b, encoded)
+        pixels = inputs.get(adapter.image_inputs[0])
+        return cls(adapter, pixels, () if pixels is None else tuple(adapter.layouts(inputs)), None)
+
     def __len__(self) -> int:
-        if self.encoded is not None:
-            return self.encoded.tokens.features.shape[0]
-        return 0 if self.pixels is None else self.pixels.shape[0]
+        return len(self.layouts)
 
     @property
-    def num_tokens(self) -> int:
-        if self.encoded is not None:
-            return self.encoded.tokens.num_original
-        rows, cols = self.adapter.grid(self.pixels)
-        return rows * cols
+    def lengths(self) -> list[int]:
+        """Placeholders of each image."""
+        return [len(layout) for layout in self.layouts]
 
     def select(self, images: list[int]) -> _Images:
-        pixels = None if self.pixels is None else self.pixels[images]
-        return replace(self, pixels=pixels, encoded=self.encoded and self.encoded.select(images))
+        return replace(
+            self,
+            pixels=None if self.pixels is None else self.pixels[images],
+            layouts=tuple(self.layouts[image] for image in images),
+            encoded=self.encoded and self.encoded.select(images),
+        )
+
+    def kept_whole(self, budget: Budget) -> list[bool]:
+        """Of which images the budget keeps every token."""
+        return [
+            all(
+                budget.resolve(length) >= length
+                for length in (layout.tile_lengths if budget.scope == "tile" else (sum(layout.tile_lengths),))
+            )
+            for layout in self.layouts
+        ]
 
     def encode(self, pruner: Pruner, lap: Callable[[str], None]) -> EncodedImages:
         if self.encoded is None:
             assert self.pixels is not None
             self.adapter.check_signals(type(pruner).__name__, pruner.requires)
-            return encode(self.adapter, self.pixels, (pruner,), lap)
-        stages = self.adapter.check_stages(pruner.encoder_stages(self.num_tokens, self.adapter.num_layers))
+            return encode(self.adapter, self.pixels, (pruner,), lap, self.layouts)
+        stages = _stages(self.adapter, self.layouts, pruner)
         if stages != self.encoded.stages:
             raise InvalidInputError(
                 f"these images were encoded with the stages {self.encoded.stages}, but {pruner} wants {stages}; "
@@ -198,24 +253,31 @@ class _Images:
 
 def encode(
     adapter: ModelAdapter,
-    pixels: Float[Tensor, "i c y x"],
+    pixels: Float[Tensor, "i *tiles c y x"],
     pruners: Sequence[Pruner],
     lap: Callable[[str], None] = lambda name: None,
+    layouts: Sequence[ImageLayout] | None = None,
 ) -> EncodedImages:
     """One encoder pass for pruners that agree on the stages, with all signals that any of them uses.
 
     Raises:
         InvalidInputError: they do not agree, or a stage does not fit the encoder.
     """
-    rows, cols = adapter.grid(pixels)
-    plans = [adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers)) for pruner in pruners]
+    if layouts is None:
+        layouts = adapter.layouts({adapter.image_inputs[0]: pixels})
+    plans = [_stages(adapter, layouts, pruner) for pruner in pruners]
     if any(plan != plans[0] for plan in plans):
         raise InvalidInputError(
             f"these pruners drop different tokens inside the encoder and cannot share a pass: {plans}; "
             "call encode_images once for each of them"
         )
     signals = frozenset().union(*(pruner.requires | pruner.optional for pruner in pruners))
-    return adapter.encode(pixels, plans[0] if plans else (), signals & adapter.signals, lap)
+    return adapter.encode(pixels, plans[0] if plans else (), signals & adapter.signals, lap, layouts)
+
+
+def _stages(adapter: ModelAdapter, layouts: Sequence[ImageLayout], pruner: Pruner) -> tuple[Any, ...]:
+    """What a pruner drops inside the encoder, which sees tiles and gives each the whole budget to choose from."""
+    return adapter.check_stages(pruner.encoder_stages(layouts[0].tile_size, adapter.num_layers))
 
 
 def shorten(
@@ -238,10 +300,11 @@ def shorten(
             is longer than they are.
     """
     adapter = get_adapter(model)
-    images = _Images(adapter, None if encoded else inputs.get(adapter.image_inputs[0]), encoded)
-    unchanged = ShortInputs(inputs, None, None, 0, inputs, None, adapter)
+    unchanged = ShortInputs(inputs, None, None, 0, inputs, None, (), adapter)
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    _check_inputs(adapter, model.config, inputs, bool(images))
+    with_images = encoded is not None or inputs.get(adapter.image_inputs[0]) is not None
+    _check_inputs(adapter, model.config, inputs, with_images)
+    images = _Images.of(adapter, inputs, encoded)
     if ids is None:
         return unchanged
     turn = _find_turn(ids, mask, inputs.get("past_key_values"), cached, whole_prompt)
@@ -254,12 +317,13 @@ def shorten(
 
     watch = Stopwatch(ids.device)
     record = features = None
+    lengths: tuple[int, ...] = ()
     tail_columns = torch.arange(tail.shape[1], device=ids.device).expand(tail.shape)
     if images:
-        n = images.num_tokens
-        rows, places = locate_images(tail, adapter.image_token_id, n, len(images))
-        record = PruneRecord.idle(pruner, n, width, rows, ids.shape[0], watch)
-        if pruner.budget.resolve(n) >= n and encoded is None and not turn.cut:
+        rows, places = locate_images(tail, adapter.image_token_id, images.lengths)
+        record = PruneRecord.idle(pruner, images.layouts, width, rows, ids.shape[0], watch)
+        whole = images.kept_whole(pruner.budget)
+        if all(whole) and encoded is None and not turn.cut:
             return replace(unchanged, record=record)
         coded = images.encode(pruner, watch.lap)
         watch.lap("encode")
@@ -268,11 +332,12 @@ def shorten(
             words = _question(model, ids, mask, adapter.image_token_id, processor, text)
             tokens = replace(tokens, **_embed(model, words, rows, tokens.features.device))
         pruned = pruner(tokens)
+        if any(whole) and adapter.separator is not None:
+            pruned = _with_separators(pruned, images.layouts, whole, adapter.separator)
         watch.lap("select")
-        features = pruned.features
+        features, lengths = pruned.features, tuple(pruned.mask.sum(dim=1).tolist())
         record = replace(
             record,
-            tokens_after=features.shape[1],
             indices=pruned.indices,
             assignment=pruned.assignment,
             stats=pruned.stats,
@@ -282,10 +347,10 @@ def shorten(
         tail_columns = surviving_columns(tail_mask, tail, rows, places, pruned.indices.to(ids.device))
     columns = torch.cat((turn.head, torch.where(tail_columns < 0, -1, tail_columns + turn.head_width)), dim=1)
     own = tail_columns if turn.start < turn.head_width else columns
-    short = _shorten_tensors(inputs, adapter.image_inputs, columns, own, _pad_id(model))
+    short = _shorten_tensors(inputs, adapter, columns, own, _pad_id(model))
     watch.lap("prompt")
     record = None if record is None else replace(record, columns=columns)
-    return ShortInputs(inputs, record, columns, width, short, features, adapter)
+    return ShortInputs(inputs, record, columns, width, short, features, lengths, adapter)
 
 
 def _find_turn(
@@ -317,13 +382,48 @@ def _find_turn(
 
 def _new_images(ids: Tensor, tail: Tensor, image_token_id: int, images: _Images) -> list[int]:
     """Which images are not in the cache yet: all, or those of the tail if all of the conversation were passed."""
-    n = images.num_tokens
-    every = ((ids == image_token_id).sum(dim=1) // n).tolist()
-    new = ((tail == image_token_id).sum(dim=1) // n).tolist()
-    if len(images) != sum(every):
+    lengths = images.lengths
+    counts, left = ((part == image_token_id).sum(dim=1).tolist() for part in (ids, tail))
+    if sum(lengths) != sum(counts):
         return list(range(len(images)))
-    ends = torch.tensor(every).cumsum(0).tolist()
-    return [image for end, count in zip(ends, new, strict=True) for image in range(end - count, end)]
+    new: list[int] = []
+    for row, end in enumerate(accumulate(images_per_row(counts, lengths))):
+        first = end
+        while left[row] > 0 and first > 0:
+            first -= 1
+            left[row] -= lengths[first]
+        new.extend(range(first, end))
+    return new
+
+
+def _with_separators(
+    pruned: PrunedTokens, layouts: Sequence[ImageLayout], whole: Sequence[bool], separator: Float[Tensor, " d"]
+) -> PrunedTokens:
+    """The same tokens, with images that the budget keeps whole laid out as the model itself does."""
+    features, indices = list(pruned.features), list(pruned.indices)
+    assignment = pruned.assignment.clone()
+    for image, layout in enumerate(layouts):
+        if whole[image]:
+            n = len(layout)
+            patches = (layout.source >= 0).nonzero().squeeze(1).to(pruned.features.device)
+            laid = separator.to(pruned.features).expand(n, -1)
+            features[image] = laid.index_copy(0, patches, features[image][: len(patches)])
+            indices[image] = torch.arange(n, device=patches.device)
+            assignment[image, :n] = indices[image]
+    padded = pad_sequence(indices, batch_first=True, padding_value=-1)
+    return replace(
+        pruned,
+        features=pad_sequence(features, batch_first=True),
+        indices=padded,
+        mask=padded >= 0,
+        assignment=assignment,
+    )
+
+
+def _every_token(lengths: Sequence[int], device: torch.device, width: int | None = None) -> Int[Tensor, "i n"]:
+    """0, 1, 2, ... for each image, -1 behind its last token."""
+    count = torch.arange(width or max(lengths), device=device).expand(len(lengths), -1)
+    return count.masked_fill(count >= torch.tensor(lengths, device=device).unsqueeze(1), -1)
 
 
 def _question(
@@ -387,14 +487,14 @@ def encoder_stages(model: Any, pixels: Float[Tensor, "i c y x"], pruner: Pruner)
     return adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers))
 
 
-def image_features_as_inputs(model: Any, features: Float[Tensor, "i k d"]) -> dict[str, Any]:
-    """Model inputs that stand in for images whose prompts hold exactly k placeholders each; built anew every time."""
+def image_features_as_inputs(model: Any, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
+    """Model inputs that stand in for images whose prompts hold exactly as many placeholders; built anew every time."""
     return get_adapter(model).hand_over(features)
 
 
 def _shorten_tensors(
     inputs: Mapping[str, Any],
-    image_inputs: Sequence[str],
+    adapter: ModelAdapter,
     columns: Int[Tensor, "b m"],
     own: Int[Tensor, "b s"],
     pad_id: int,
@@ -402,7 +502,7 @@ def _shorten_tensors(
     """The inputs without images: `columns` of the conversation for the mask, `own` for what is like `input_ids`."""
     shape = inputs["input_ids"].shape
     fills = {"input_ids": pad_id, "labels": -100}
-    short = {name: value for name, value in inputs.items() if name not in image_inputs}
+    short = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
     for name, value in short.items():
         if name not in ("attention_mask", "position_ids") and isinstance(value, Tensor) and value.shape == shape:
             short[name] = take_columns(value, own, fills.get(name, 0))
@@ -415,12 +515,26 @@ def _shorten_tensors(
         short["attention_mask"] = real.long()
     if inputs.get("position_ids") is not None:
         # Compact: gaps would make attention kernels believe that several sequences were packed into one.
-        short["position_ids"] = compact_positions(real, own.shape[1])
+        positions = compact_positions(real, own.shape[1])
+        if adapter.first_position:
+            given, length = inputs["position_ids"], inputs["position_ids"].shape[1]
+            counted = compact_positions(
+                torch.ones_like(given, dtype=torch.bool) if mask is None else mask.bool(), length
+            )
+            first = given.amax(dim=1, keepdim=True) - counted.amax(dim=1, keepdim=True)
+            positions = positions + first.clamp(0, adapter.first_position).to(positions.device)
+        short["position_ids"] = positions
     return short
 
 
 def _check_inputs(adapter: ModelAdapter, config: Any, inputs: Mapping[str, Any], with_images: bool) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    unpruned = [name for name in adapter.unpruned_inputs if inputs.get(name) is not None]
+    if unpruned:
+        raise InvalidInputError(
+            f"{', '.join(unpruned)} of {adapter.architecture} cannot be pruned yet, only images; "
+            "remove the handle for such a call"
+        )
     if not with_images:
         in_cache = inputs.get("past_key_values") is not None or inputs.get("mm_encoder_outputs") is not None
         if ids is not None and not in_cache and (ids == adapter.image_token_id).any():
@@ -441,7 +555,11 @@ def _check_inputs(adapter: ModelAdapter, config: Any, inputs: Mapping[str, Any],
         )
     for name in adapter.image_inputs[1:]:
         value = inputs.get(name)
-        if value is not None and (not hasattr(config, name) or getattr(config, name) != value):
+        if (
+            name not in adapter.image_details
+            and value is not None
+            and (not hasattr(config, name) or getattr(config, name) != value)
+        ):
             raise InvalidInputError(
                 f"{name}={value} differs from the model's config and cannot be set per call while pruning; "
                 f"set model.config.{name}"

@@ -49,7 +49,9 @@ __all__ = [
 ]
 
 
-def encode_images(model: PreTrainedModel, pixel_values: Float[Tensor, "i c y x"], *pruners: Pruner) -> EncodedImages:
+def encode_images(
+    model: PreTrainedModel, pixel_values: Float[Tensor, "i *tiles c y x"], *pruners: Pruner, **details: Any
+) -> EncodedImages:
     """Runs the vision encoder once, for any number of questions and for all these pruners.
 
     Hand the result to `prune_inputs(..., encoded=...)`; `EncodedImages.select` repeats or reorders images.
@@ -58,12 +60,16 @@ def encode_images(model: PreTrainedModel, pixel_values: Float[Tensor, "i c y x"]
         model: a model with an adapter.
         pixel_values: preprocessed images.
         pruners: their in-encoder stages are applied, and all signals that any of them uses are captured.
+        details: what else the processor makes of images, such as `image_sizes`, where the model cuts them into tiles.
 
     Raises:
-        InvalidInputError: the pruners want different in-encoder stages, so they cannot share an encoder pass.
+        InvalidInputError: a detail is missing, or the pruners want different in-encoder stages, so they cannot share an
+            encoder pass.
         UnsupportedModelError: see `get_adapter`.
     """
-    return encode(get_adapter(model), pixel_values, pruners)
+    adapter = get_adapter(model)
+    layouts = adapter.layouts({**details, adapter.image_inputs[0]: pixel_values})
+    return encode(adapter, pixel_values, pruners, layouts=layouts)
 
 
 def prune_inputs(
@@ -159,6 +165,7 @@ class PruneHandle:
         self.pruner = pruner
         self.processor = processor
         self.last: PruneRecord | None = None
+        self._pixels, self._unpruned = adapter.image_inputs[0], adapter.unpruned_inputs
         self._prompts: WeakKeyDictionary[Any, CachedPrompt] = WeakKeyDictionary()
         self._previous = model.__dict__.get("generate")
         # Bound methods: deepcopy of a model binds them to the copy, where a closure would keep calling the original.
@@ -206,7 +213,10 @@ class PruneHandle:
 
     def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _by_name(type(model).forward, model, args, kwargs) if args else kwargs
-        if call.get("pixel_values") is None and (torch.compiler.is_compiling() or not self._is_long_step(call)):
+        visual = (self._pixels, *self._unpruned)
+        if all(call.get(name) is None for name in visual) and (
+            torch.compiler.is_compiling() or not self._is_long_step(call)
+        ):
             return None
         short = self._shorten(call, whole_prompt=False)
         _warn_if_idle(short.record)
@@ -244,7 +254,9 @@ class PruneHandle:
 
 
 def _warn_if_idle(record: PruneRecord | None) -> None:
-    if record is not None and record.tokens_after >= record.tokens_before:
+    if record is None or record.tokens_after < min(map(len, record.layouts)):
+        return
+    if all(kept >= length for length, kept in record.tokens_per_image):
         warnings.warn(
             f"nothing was pruned: {record.pruner} keeps all {record.tokens_before} visual tokens of an image; "
             "lower its budget",

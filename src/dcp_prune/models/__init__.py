@@ -1,5 +1,22 @@
 """Adapters: the only place that knows a model architecture. Adapters know no pruner."""
 
-from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction, get_adapter, supported_architectures
+from dcp_prune.models.base import (
+    EncodedImages,
+    ModelAdapter,
+    Reduction,
+    adapter_class,
+    get_adapter,
+    supported_architectures,
+)
+from dcp_prune.models.layout import ImageLayout, plain_layout
 
-__all__ = ["EncodedImages", "ModelAdapter", "Reduction", "get_adapter", "supported_architectures"]
+__all__ = [
+    "EncodedImages",
+    "ImageLayout",
+    "ModelAdapter",
+    "Reduction",
+    "adapter_class",
+    "get_adapter",
+    "plain_layout",
+    "supported_architectures",
+]

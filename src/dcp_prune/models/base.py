@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
@@ -15,9 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError, MissingSignalError, UnsupportedModelError
+from dcp_prune.models.layout import ImageLayout, tile_rows
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
-_ADAPTERS = {"LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter"}
+_ADAPTERS = {
+    "LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter",
+    "LlavaNextForConditionalGeneration": "dcp_prune.models.llava_next:LlavaNextAdapter",
+    "LlavaOnevisionForConditionalGeneration": "dcp_prune.models.llava_onevision:LlavaOnevisionAdapter",
+    "PaliGemmaForConditionalGeneration": "dcp_prune.models.paligemma:PaliGemmaAdapter",
+    "VideoLlavaForConditionalGeneration": "dcp_prune.models.video_llava:VideoLlavaAdapter",
+}
 """Name of the model's class -> `module:class` of its adapter, imported when a model asks for it."""
 
 
@@ -40,12 +47,14 @@ class EncodedImages:
 
     Attributes:
         tokens: the visual tokens, one row per image, without a question.
-        stages: the in-encoder reductions that were applied.
-        stage_stats: what each stage reported, in the same order.
-        stage_tokens: tokens per image that the layers behind each stage computed, padding included, in the same order.
+        layouts: where the tokens of each image lie; empty if nobody said so, and every image is one tile.
+        stages: the in-encoder reductions that were applied, to each tile by itself.
+        stage_stats: what each stage reported, in the same order, with a row per tile.
+        stage_tokens: tokens per tile that the layers behind each stage computed, padding included, in the same order.
     """
 
     tokens: VisualTokens
+    layouts: tuple[ImageLayout, ...] = ()
     stages: tuple[Reduction, ...] = ()
     stage_stats: tuple[Mapping[str, Tensor], ...] = ()
     stage_tokens: tuple[int, ...] = ()
@@ -53,13 +62,20 @@ class EncodedImages:
     def select(self, images: Sequence[int] | Int[Tensor, " i"]) -> EncodedImages:
         """The images at these positions, in this order; repeat a position to ask several questions about one image."""
         index = torch.as_tensor(images, dtype=torch.long, device=self.tokens.features.device)
-        encoder = self.tokens.encoder
+        chosen = index.tolist()
+        tiles = torch.tensor(tile_rows(self.layouts, chosen), device=index.device) if self.layouts else index
+        encoder, lengths = self.tokens.encoder, self.tokens.tile_lengths
         tokens = _take_rows(self.tokens, index)
         return replace(
             self,
-            tokens=replace(tokens, encoder=None if encoder is None else _take_rows(encoder, index)),
+            tokens=replace(
+                tokens,
+                encoder=None if encoder is None else _take_rows(encoder, index),
+                tile_lengths=None if lengths is None else tuple(lengths[image] for image in chosen),
+            ),
+            layouts=tuple(self.layouts[image] for image in chosen) if self.layouts else (),
             stage_stats=tuple(
-                {name: value[index] if value.ndim else value for name, value in stats.items()}
+                {name: value[tiles] if value.ndim else value for name, value in stats.items()}
                 for stats in self.stage_stats
             ),
         )
@@ -78,10 +94,20 @@ class ModelAdapter(ABC):
     """Whether tokens can be dropped between the layers of the encoder."""
     signals: ClassVar[frozenset[Signal]]
     """What the encoder can be asked for."""
+    saliency: ClassVar[str]
+    """Whose attention `Signal.CLS_ATTENTION` is: `[CLS]`, or `all tokens` where there is none."""
+    cuts_tiles: ClassVar[bool] = False
+    """Whether an image is encoded as several tiles."""
     absent: ClassVar[Mapping[Signal, str]] = {}
     """Why a signal is not among `signals`, as a clause, where there is more to say."""
     image_inputs: ClassVar[tuple[str, ...]]
     """Model inputs that describe images and disappear once the images are encoded; the first one holds the pixels."""
+    image_details: ClassVar[tuple[str, ...]] = ()
+    """Those of `image_inputs` that `layouts` reads beside the pixels; the others must agree with the model's config."""
+    unpruned_inputs: ClassVar[tuple[str, ...]] = ()
+    """Model inputs that hold visual tokens which nothing here prunes, such as videos; they are refused."""
+    first_position: ClassVar[int] = 0
+    """Where the position ids begin that this model's `forward` makes; those of `generate` begin at 0."""
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
@@ -98,7 +124,20 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def grid(self, pixel_values: Float[Tensor, "i c y x"] | None = None) -> tuple[int, int]:
-        """(rows, cols) of patches of such images; without images, of those that the model was built for."""
+        """(rows, cols) of patches of such tiles; without tiles, of those that the model was built for."""
+
+    @abstractmethod
+    def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
+        """Where the tokens of each image lie, from the pixels and `image_details`; no value is computed.
+
+        Raises:
+            InvalidInputError: a detail is missing or does not fit the pixels.
+        """
+
+    @property
+    def separator(self) -> Float[Tensor, " d"] | None:
+        """What stands between rows of patches in the unpruned prompt."""
+        return None
 
     def check_signals(self, pruner: str, required: AbstractSet[Signal]) -> None:
         """Refuses a pruner whose signals no encoder pass will give; the question comes from the prompt.
@@ -139,6 +178,7 @@ class ModelAdapter(ABC):
         stages: Sequence[Reduction] = (),
         signals: AbstractSet[Signal] = frozenset(),
         lap: Callable[[str], None] = lambda name: None,
+        layouts: Sequence[ImageLayout] | None = None,
     ) -> EncodedImages:
         """Runs the encoder with its reductions, then the projector; captures the signals of the feature layer.
 
@@ -146,17 +186,18 @@ class ModelAdapter(ABC):
 
         Args:
             pixel_values: preprocessed images.
-            stages: in-encoder reductions.
+            stages: in-encoder reductions, of each tile by itself.
             signals: what to capture at the feature layer.
             lap: told `encode` at the end of each stretch of encoding, `select` of capturing and reducing.
+            layouts: of these images; needed where an image has several tiles.
 
         Raises:
             InvalidInputError: see `check_stages`.
         """
 
     @abstractmethod
-    def hand_over(self, features: Float[Tensor, "i k d"]) -> dict[str, Any]:
-        """Model inputs that stand in for `image_inputs`: the features as the model's `forward` takes them.
+    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
+        """Model inputs that stand in for `image_inputs`: each image's features as the model's `forward` takes them.
 
         Built anew on every call, since `generate` rewrites them in place for beams.
         """
@@ -165,6 +206,12 @@ class ModelAdapter(ABC):
 def supported_architectures() -> tuple[str, ...]:
     """Names of the model classes that have an adapter."""
     return tuple(sorted(_ADAPTERS))
+
+
+def adapter_class(architecture: str) -> type[ModelAdapter]:
+    """What supports a model class of `supported_architectures`, for its flags."""
+    module, _, attribute = _ADAPTERS[architecture].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def get_adapter(model: Any) -> ModelAdapter:
@@ -180,16 +227,15 @@ def get_adapter(model: Any) -> ModelAdapter:
             f"{names[0]} is an encoder-decoder model, whose decoder reads images by cross-attention, not as prompt "
             f"tokens that could be dropped; use one of: {', '.join(supported_architectures())}"
         )
-    target = next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
-    if target is None:
+    architecture = next((name for name in names if name in _ADAPTERS), None)
+    if architecture is None:
         raise UnsupportedModelError(_no_adapter(model, names[0]))
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise UnsupportedModelError(
             f"{names[0]} is sharded by tensor parallelism, where each rank holds only some attention heads; "
             "load it without tp_plan (device_map='auto' works)"
         )
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)(model)
+    return adapter_class(architecture)(model)
 
 
 def _no_adapter(model: Any, name: str) -> str:

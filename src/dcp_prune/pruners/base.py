@@ -6,16 +6,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dcp_prune.budget import Budget
+from dcp_prune.budget import Budget, Scope
 from dcp_prune.errors import InvalidInputError, MissingSignalError
 from dcp_prune.functional.selection import masked_topk
 from dcp_prune.functional.similarity import gather_tokens, widened
+from dcp_prune.pruners.batching import join_tiles, regroup, split_tiles, take_rows
 from dcp_prune.tokens import (
     EncoderReduction,
     EncoderTokens,
@@ -79,10 +80,12 @@ class Pruner(ABC):
     Attributes:
         num_tokens: visual tokens to keep per image; give this or `keep_ratio`.
         keep_ratio: share of the visual tokens to keep per image, in (0, 1].
+        scope: whether the budget is for an `image` with all its tiles, or for each `tile`.
     """
 
     num_tokens: int | None = None
     keep_ratio: float | None = None
+    scope: Scope = "image"
 
     requires: ClassVar[frozenset[Signal]] = frozenset()
     """Signals that the tokens must carry; a missing one raises, never degrades."""
@@ -90,11 +93,11 @@ class Pruner(ABC):
     """Signals that the method uses where they exist."""
 
     def __post_init__(self) -> None:
-        Budget(self.num_tokens, self.keep_ratio)
+        Budget(self.num_tokens, self.keep_ratio, self.scope)
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.num_tokens, self.keep_ratio)
+        return Budget(self.num_tokens, self.keep_ratio, self.scope)
 
     @property
     def joint(self) -> bool:
@@ -130,14 +133,26 @@ class Pruner(ABC):
         """Prunes a batch of images.
 
         Every row keeps min(k, its real tokens) of them; the slots it cannot fill come last, masked, with index -1 and
-        zero features.
+        zero features. Images whose budgets differ are pruned budget by budget, so none depends on its neighbours. With
+        the scope `tile`, every tile is pruned by itself, and `stats` have a row per tile.
 
         Raises:
             InvalidInputError: features, attention or text hold NaN or inf.
             MissingSignalError: the tokens lack a signal that this pruner needs.
         """
         padded = self._guard(tokens)
-        k = self.budget.resolve(tokens.num_original)
+        if self.scope == "tile" and tokens.tiles is not None:
+            return join_tiles(self._prune_rows(split_tiles(tokens), padded=True), tokens)
+        return self._prune_rows(tokens, padded)
+
+    def _prune_rows(self, tokens: VisualTokens, padded: bool) -> PrunedTokens:
+        budgets = [self.budget.resolve(length) for length in tokens.lengths]
+        if len(set(budgets)) == 1:
+            return self._prune_to(tokens, budgets[0], padded)
+        groups = [[row for row, k in enumerate(budgets) if k == each] for each in sorted(set(budgets))]
+        return regroup([self._prune_to(take_rows(tokens, rows), budgets[rows[0]], padded) for rows in groups], groups)
+
+    def _prune_to(self, tokens: VisualTokens, k: int, padded: bool) -> PrunedTokens:
         n = tokens.features.shape[1]
         if k >= n:
             return PrunedTokens(
@@ -166,7 +181,7 @@ class Pruner(ABC):
         size = max(1, _CACHED_PAIRS // n**2)
         if tokens.features.device.type != "cpu" or self.joint or b <= size:
             return self.prune(tokens, k)
-        return _join([self.prune(_rows(tokens, slice(start, start + size)), k) for start in range(0, b, size)])
+        return _join([self.prune(take_rows(tokens, slice(start, start + size)), k) for start in range(0, b, size)])
 
     def _guard(self, tokens: VisualTokens) -> bool:
         """Refuses tokens that no selection can be made of; says whether any of them is padding.
@@ -265,21 +280,6 @@ def _blank_padding(tokens: VisualTokens) -> VisualTokens:
         encoder = replace(encoder, **{name: blank(values) for name, values in found.items()})
     clip = None if tokens.clip_similarity is None else blank(tokens.clip_similarity)
     return replace(tokens, features=blank(tokens.features), encoder=encoder, clip_similarity=clip)
-
-
-def _rows(tokens: VisualTokens, which: slice) -> VisualTokens:
-    """Some images of a batch."""
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[which]
-        if isinstance(value, Mapping):
-            return {name: pick(each) for name, each in value.items()}
-        if isinstance(value, EncoderTokens):
-            return replace(value, **pick(vars(value)))
-        return value
-
-    return replace(tokens, **pick(vars(tokens)))
 
 
 def _join(parts: Sequence[Selection]) -> Selection:

@@ -48,14 +48,15 @@ class HoloVPruner(SelectionPruner):
         """
         attention = self.read(tokens, Signal.CLS_ATTENTION)
         b, n = attention.shape
-        position = torch.arange(n, device=attention.device)
+        # Strips run over the real tokens alone, so that an image is cut alike whatever the batch pads it to.
+        position = (tokens.mask.cumsum(dim=1) - 1).clamp(min=0)
+        length = tokens.mask.sum(dim=1, keepdim=True)
+        wanted = self.strips or (1024 / 576 * length / k).long()
+        strips = torch.minimum(length, torch.as_tensor(wanted, device=length.device)).clamp(min=1)
+        # The first of them, as many as the division leaves over, are one token longer.
+        short, longer = length // strips, length % strips
+        strip = torch.where(position < longer * (short + 1), position // (short + 1), (position - longer) // short)
         count = min(n, self.strips or max(1, int(1024 / 576 * n / k)))
-        # The first n mod count runs are one token longer.
-        short, longer = divmod(n, count)
-        strip = torch.where(
-            position < longer * (short + 1), position // (short + 1), (position - longer) // short
-        ).expand(b, n)
-
         real = tokens.mask.to(attention.dtype)
         size = attention.new_zeros(b, count).scatter_add(1, strip, real)
         mean = attention.new_zeros(b, count).scatter_add(1, strip, attention) / size.clamp(min=1.0)

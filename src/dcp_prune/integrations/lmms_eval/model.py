@@ -202,10 +202,9 @@ class _Tally:
     def count(self, record: PruneRecord | None) -> None:
         if record is None:
             return
-        images = len(record.rows)
-        self.images += images
-        self.before += images * record.tokens_before
-        self.after += images * record.tokens_after
+        self.images += len(record.rows)
+        self.before += sum(before for before, _ in record.tokens_per_image)
+        self.after += sum(after for _, after in record.tokens_per_image)
         self.kappas += [] if record.kappa is None else record.kappa.tolist()
 
     def log(self) -> None:

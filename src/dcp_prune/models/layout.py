@@ -1,0 +1,164 @@
+"""Where the visual tokens of an image lie: which patch of which tile each placeholder of the prompt stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dcp_prune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, eq=False)
+class ImageLayout:
+    """The placeholders of one image in the order of the prompt, which are its original tokens; tensors on the CPU.
+
+    Attributes:
+        source: patch of each placeholder, counted through the tiles one after the other, each in raster order; -1 for a
+            separator, such as the newline behind a row of patches. `N`.
+        positions: (row, col) in units of the finest patches, of which an overview tile's are many. `N 2`.
+        boxes: top, left, bottom and right edge of the patch as shares of the picture that the model saw; a separator
+            has no area. `N 4`.
+        num_tiles: images that the encoder sees of this one.
+        grid: (rows, cols) of patches of a tile.
+        picture: height and width of the picture in pixels, where the model scales the raster of its patches down behind
+            the encoder; `source` then names the patch in the middle of each token. None where tokens are patches.
+    """
+
+    source: Int[Tensor, " N"]
+    positions: Float[Tensor, "N 2"]
+    boxes: Float[Tensor, "N 4"]
+    num_tiles: int
+    grid: tuple[int, int]
+    picture: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return self.source.shape[0]
+
+    @property
+    def tile_size(self) -> int:
+        """Patches of a tile."""
+        return self.grid[0] * self.grid[1]
+
+    @cached_property
+    def tile_lengths(self) -> tuple[int, ...]:
+        """Tokens of each tile: patches that are in the prompt."""
+        tiles = self.source[self.source >= 0] // self.tile_size
+        return tuple(torch.bincount(tiles, minlength=self.num_tiles).tolist())
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the tokens are the patches of a single tile, one by one."""
+        return self.num_tiles == 1 and torch.equal(self.source, torch.arange(self.tile_size))
+
+
+@lru_cache(maxsize=64)
+def plain_layout(rows: int, cols: int) -> ImageLayout:
+    """One tile in raster order, without separators."""
+    n = rows * cols
+    positions = torch.stack((torch.arange(n) // cols, torch.arange(n) % cols), dim=1).float()
+    size = torch.tensor([rows, cols])
+    boxes = torch.cat((positions / size, (positions + 1) / size), dim=1)
+    return ImageLayout(torch.arange(n), positions, boxes, 1, (rows, cols))
+
+
+def tiled_layout(source: Int[Tensor, " N"], rows: int, cols: int, grid: tuple[int, int], num_tiles: int) -> ImageLayout:
+    """An overview tile, then the patches of the other tiles as one raster of rows x cols with a separator behind each
+    row; or the overview alone with a separator behind it.
+
+    Args:
+        source: as in `ImageLayout`. `N`.
+        rows, cols: the raster without separators and without the padding of the picture.
+        grid: of a tile.
+        num_tiles: the overview included.
+    """
+    overview = plain_layout(*grid)
+    if num_tiles == 1:
+        corner = torch.tensor([grid]).float()
+        boxes = torch.cat((overview.boxes, torch.ones(1, 4)))
+        return ImageLayout(source, torch.cat((overview.positions, corner)), boxes, 1, grid)
+    index = torch.arange(rows * (cols + 1))
+    corner = torch.stack((index // (cols + 1), index % (cols + 1)), dim=1).float()
+    extent = torch.tensor([float(rows), float(cols)])
+    far = torch.minimum(corner + 1, extent)
+    boxes = torch.cat((overview.boxes, torch.cat((corner / extent, far / extent), dim=1)))
+    # Patches of the overview sit where their middle is among the finer ones.
+    middle = (overview.boxes[:, :2] + overview.boxes[:, 2:]) / 2 * extent - 0.5
+    return ImageLayout(source, torch.cat((middle, corner)), boxes, num_tiles, grid)
+
+
+def tile_rows(layouts: Sequence[ImageLayout], images: Sequence[int]) -> list[int]:
+    """Rows of the tiles of these images, where the tiles of all images are stacked."""
+    ends = [0]
+    for layout in layouts:
+        ends.append(ends[-1] + layout.num_tiles)
+    return [row for image in images for row in range(ends[image], ends[image + 1])]
+
+
+def join_images(tokens: VisualTokens, layouts: Sequence[ImageLayout]) -> VisualTokens:
+    """Tokens of stacked tiles, `t n d`, as one row per image, `b m d`, in the order of the prompt.
+
+    Patches that are not in the prompt, since they show the picture's padding, are masked. `indices` and `assignment`
+    then count placeholders.
+    """
+    if all(layout.is_plain for layout in layouts):
+        return tokens
+    device, (_, n) = tokens.mask.device, tokens.indices.shape
+    size, b = layouts[0].tile_size, len(layouts)
+    most, longest = max(each.num_tiles for each in layouts), max(map(len, layouts))
+    width = min(most * n, max(sum(each.tile_lengths) for each in layouts))
+    tile = torch.arange(most, device=device).view(1, most, 1)
+
+    first = torch.tensor([0, *(each.num_tiles for each in layouts[:-1])]).cumsum(0)
+    exists = torch.arange(most) < torch.tensor([each.num_tiles for each in layouts]).unsqueeze(1)
+    rows = ((first.unsqueeze(1) + torch.arange(most)) * exists).to(device)  # b most
+    source = torch.full((b, longest), -1)
+    positions = torch.zeros(b, longest, 2)
+    for row, layout in enumerate(layouts):
+        source[row, : len(layout)] = layout.source
+        positions[row, : len(layout)] = layout.positions
+    # Placeholder of each patch; the last slot takes what placeholders without a patch write.
+    place = torch.full((b, most * size + 1), longest).scatter(
+        1, source % (most * size + 1), torch.arange(longest).expand(b, -1)
+    )
+    place[:, -1] = longest
+    source, positions, place = source.to(device), positions.to(device), place.to(device)
+
+    present = tokens.mask[rows] & exists.to(device).unsqueeze(2)
+    placed = place.gather(1, (tokens.indices[rows] + tile * size).flatten(1)).masked_fill(~present.flatten(1), longest)
+    order = placed.argsort(dim=1, stable=True)
+    taken = (rows.unsqueeze(2) * n + torch.arange(n, device=device)).flatten(1).gather(1, order[:, :width])
+    indices = placed.gather(1, order[:, :width])
+    mask = indices < longest
+    indices = indices.clamp(max=longest - 1)
+    positions = positions.gather(1, indices.unsqueeze(-1).expand(-1, -1, 2))
+
+    slot = tokens.assignment[rows].flatten(1).gather(1, source.clamp(min=0))
+    slot = slot.masked_fill(source < 0, -1)
+    stacked = slot.clamp(min=0) + source.clamp(min=0) // size * n
+    absorbed = (slot >= 0) & (placed.gather(1, stacked) < longest)
+    assignment = order.argsort(dim=1).gather(1, stacked).masked_fill(~absorbed, -1)
+
+    encoder = tokens.encoder
+    if encoder is not None:
+        signals = {
+            name: value.flatten(0, 1)[taken]
+            for name in ("features", "cls_attention", "keys", "values", "cls_value_affinity")
+            if (value := getattr(encoder, name)) is not None
+        }
+        encoder = replace(encoder, **signals, positions=positions, indices=indices, mask=mask)
+    return VisualTokens(
+        features=tokens.features.flatten(0, 1)[taken],
+        mask=mask,
+        positions=positions,
+        indices=indices,
+        num_original=longest,
+        assignment=assignment,
+        encoder=encoder,
+        tiles=order[:, :width] // n,
+        tile_lengths=tuple(layout.tile_lengths for layout in layouts),
+    )

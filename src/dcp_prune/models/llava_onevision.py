@@ -1,0 +1,99 @@
+"""LLaVA-OneVision: LLaVA-NeXT's tiles through a SigLIP tower; features are scaled down where they are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dcp_prune.errors import InvalidInputError, UnsupportedModelError
+from dcp_prune.models.base import EncodedImages, Reduction
+from dcp_prune.models.layout import ImageLayout, tile_rows
+from dcp_prune.models.llava_next import LlavaNextAdapter
+from dcp_prune.tokens import Signal
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """Without [CLS], attention that a token receives takes the place of what [CLS] pays to it.
+
+    Of several images in a prompt only overviews are encoded. Large images are scaled behind the projector; their tokens
+    are then no patches any more, and signals of the encoder are those of the patch in the middle of each.
+    """
+
+    architecture = "LlavaOnevisionForConditionalGeneration"
+    strategy = "full"
+    saliency = "all tokens"
+    signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
+    absent: ClassVar[Mapping[Signal, str]] = {
+        Signal.CLIP_SIMILARITY: "it takes CLIP's two towers, and this one is SigLIP",
+        Signal.CLS_VALUE_AFFINITY: "its encoder has no [CLS] token",
+    }
+    image_inputs = (*LlavaNextAdapter.image_inputs, "vision_aspect_ratio", "batch_num_images")
+    image_details = ("image_sizes", "batch_num_images")
+    unpruned_inputs = ("pixel_values_videos",)
+
+    def check_tower(self, tower: Any) -> None:
+        embeddings = getattr(tower, "embeddings", None)
+        if not hasattr(embeddings, "patch_embedding") or hasattr(embeddings, "class_embedding"):
+            raise UnsupportedModelError(
+                f"the vision tower {type(tower).__name__} is no SigLIP encoder, "
+                f"the only kind of tower of {self.architecture} that can be pruned so far"
+            )
+
+    def count_tiles(self, pictures: Sequence[tuple[int, int]], images: Mapping[str, Any]) -> list[int]:
+        tiles = super().count_tiles(pictures, images)
+        groups = images.get("batch_num_images")
+        if groups is None:
+            return tiles
+        several = [count > 1 for count in torch.as_tensor(groups).tolist() for _ in range(count)]
+        if len(several) != len(tiles):
+            raise InvalidInputError(
+                f"batch_num_images counts {len(several)} image(s), but {len(tiles)} were given; make both in one call "
+                "of the model's processor"
+            )
+        return [1 if alone else count for alone, count in zip(several, tiles, strict=True)]
+
+    def pack(self, tiles: Float[Tensor, "t n d"], picture: tuple[int, int], newline: Tensor) -> Float[Tensor, "N d"]:
+        packed, _ = self.model.model.pack_image_features(
+            [tiles],
+            [list(picture)],
+            image_newline=newline,
+            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+        )
+        return packed[0]
+
+    def encode(
+        self,
+        pixel_values: Float[Tensor, "i t c y x"],
+        stages: Sequence[Reduction] = (),
+        signals: AbstractSet[Signal] = frozenset(),
+        lap: Callable[[str], None] = lambda name: None,
+        layouts: Sequence[ImageLayout] | None = None,
+    ) -> EncodedImages:
+        scaled = next((layout.picture for layout in layouts or () if layout.picture is not None), None)
+        if stages and scaled is not None:
+            raise InvalidInputError(
+                f"an image of {scaled[0]} x {scaled[1]} pixels has more patches than its prompt has room for, so the "
+                "model scales its features down behind the encoder, and stages inside the encoder leave no raster to "
+                "scale; use a pruner without such stages, or a smaller image"
+            )
+        return super().encode(pixel_values, stages, signals, lap, layouts)
+
+    def finish(self, encoded: EncodedImages, features: Float[Tensor, "t n d"]) -> EncodedImages:
+        layouts = encoded.layouts
+        scaled = [image for image, layout in enumerate(layouts) if layout.picture is not None]
+        if not scaled:
+            return encoded
+        rows = list(encoded.tokens.features)
+        for image in scaled:
+            layout = layouts[image]
+            assert layout.picture is not None
+            packed = self.pack(features[tile_rows(layouts, [image])], layout.picture, self.separator)
+            patches = packed[(layout.source >= 0).to(packed.device)]
+            rows[image] = torch.cat((patches, rows[image][len(patches) :]))
+        return replace(encoded, tokens=replace(encoded.tokens, features=torch.stack(rows)))

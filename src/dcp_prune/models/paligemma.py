@@ -1,0 +1,70 @@
+"""PaliGemma: a SigLIP tower, a linear projector, and a prompt that reads images and question in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
+from dcp_prune.models.layout import ImageLayout, plain_layout
+from dcp_prune.models.tower import Tower
+from dcp_prune.tokens import Signal
+
+
+class PaliGemmaAdapter(ModelAdapter):
+    """Without [CLS], attention that a token receives takes the place of what [CLS] pays to it."""
+
+    architecture = "PaliGemmaForConditionalGeneration"
+    prunes_in_encoder = True
+    saliency = "all tokens"
+    signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
+    absent: ClassVar[Mapping[Signal, str]] = {
+        Signal.CLIP_SIMILARITY: "it takes CLIP's two towers, and this one is SigLIP",
+        Signal.CLS_VALUE_AFFINITY: "its encoder has no [CLS] token",
+    }
+    image_inputs = ("pixel_values",)
+    first_position = 1
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        tower = model.model.vision_tower
+        self.tower = Tower(tower, len(tower.encoder.layers))
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def num_layers(self) -> int:
+        return self.tower.num_layers
+
+    def grid(self, pixel_values: Float[Tensor, "i c y x"] | None = None) -> tuple[int, int]:
+        return self.tower.grid(pixel_values)
+
+    def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
+        pixels = images["pixel_values"]
+        return [plain_layout(*self.grid(pixels))] * pixels.shape[0]
+
+    def encode(
+        self,
+        pixel_values: Float[Tensor, "i c y x"],
+        stages: Sequence[Reduction] = (),
+        signals: AbstractSet[Signal] = frozenset(),
+        lap: Callable[[str], None] = lambda name: None,
+        layouts: Sequence[ImageLayout] | None = None,
+    ) -> EncodedImages:
+        if layouts is None:
+            layouts = self.layouts({"pixel_values": pixel_values})
+        walk = self.tower.walk(pixel_values, self.check_stages(stages), signals, lap)
+        features = self.model.model.multi_modal_projector(self.tower.module.post_layernorm(walk.encoder.features))
+        return walk.encoded(features, layouts, with_encoder=bool(signals))
+
+    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
+        made = BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
+        return {"mm_encoder_outputs": {"image": made}}

@@ -1,0 +1,219 @@
+"""Vision towers of the ViT kind, walked layer by layer: CLIP with its [CLS] token, SigLIP without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.masking_utils import create_bidirectional_mask
+
+from dcp_prune.errors import UnsupportedModelError
+from dcp_prune.functional.attention import cls_attention_row, folded_cls_attention_row, received_attention
+from dcp_prune.models.base import EncodedImages, Reduction
+from dcp_prune.models.layout import ImageLayout, join_images
+from dcp_prune.tokens import EncoderTokens, Signal, VisualTokens, compose_assignments
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a tower made of a stack of tiles.
+
+    Attributes:
+        encoder: what leaves the feature layer, with the signals that were asked for.
+        assignment: original patch -> slot that absorbed it, -1 if it was dropped. `t N`.
+        stages, stage_stats, stage_tokens: as in `EncodedImages`.
+    """
+
+    encoder: EncoderTokens
+    assignment: Int[Tensor, "t N"]
+    stages: tuple[Reduction, ...]
+    stage_stats: tuple[Mapping[str, Tensor], ...]
+    stage_tokens: tuple[int, ...]
+
+    def encoded(
+        self, features: Float[Tensor, "t n d"], layouts: Sequence[ImageLayout], with_encoder: bool
+    ) -> EncodedImages:
+        """With what the projector made of the encoder's features, tiles joined to images."""
+        device = features.device
+        inner: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self.encoder).items() if isinstance(value, Tensor)
+        }
+        indices, mask = inner["indices"], inner.get("mask")
+        tokens = VisualTokens(
+            features=features,
+            mask=torch.ones_like(indices, dtype=torch.bool) if mask is None else mask,
+            positions=inner["positions"],
+            indices=indices,
+            num_original=self.assignment.shape[1],
+            assignment=self.assignment.to(device),
+            encoder=EncoderTokens(**inner) if with_encoder else None,
+        )
+        joined = join_images(tokens, layouts)
+        return EncodedImages(joined, tuple(layouts), self.stages, self.stage_stats, self.stage_tokens)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The same modules in the same order as in the tower's own `forward`, so features are bit-equal, but nothing is
+    installed on the model, threads share no state, gradient checkpointing and compiled layers keep working, and layers
+    behind the feature layer are not computed.
+
+    Attributes:
+        module: with `embeddings` and `encoder.layers`, each with `layer_norm1` and `self_attn`.
+        num_layers: layers up to and including the feature layer.
+    """
+
+    module: Any
+    num_layers: int
+
+    @property
+    def has_cls(self) -> bool:
+        return hasattr(self.module.embeddings, "class_embedding")
+
+    def grid(self, pixel_values: Float[Tensor, "t c y x"] | None = None) -> tuple[int, int]:
+        """(rows, cols) of patches of such tiles; without any, of those that the tower was built for."""
+        config = self.module.config
+        height, width = (config.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]
+        return height // config.patch_size, width // config.patch_size
+
+    def walk(
+        self,
+        pixel_values: Float[Tensor, "t c y x"],
+        stages: Sequence[Reduction],
+        signals: AbstractSet[Signal],
+        lap: Callable[[str], None],
+    ) -> Walk:
+        """Encodes tiles with reductions between layers; see `ModelAdapter.encode`."""
+        plan = {stage.layer: stage for stage in stages}
+        prefix = int(self.has_cls)
+        embeddings = self.module.embeddings
+        weight = embeddings.patch_embedding.weight
+        pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
+        hidden = embeddings(pixels)
+        if hasattr(self.module, "pre_layrnorm"):
+            hidden = self.module.pre_layrnorm(hidden)
+        blank = VisualTokens.from_features(hidden[:, prefix:], grid=self.grid(pixel_values))
+        positions, indices, assignment = blank.positions, blank.indices, blank.assignment
+        mask = attention_mask = None  # of padding, where a stage keeps different numbers of tokens of different images
+        state: Mapping[str, Tensor] = {}
+        captured: dict[str, Any] = {}
+        stats: list[Mapping[str, Tensor]] = []
+        widths: list[int] = []
+        for number in range(self.num_layers):
+            layer = self.module.encoder.layers[number]
+            stage = plan.get(number)
+            wanted = signals if stage is None else stage.requires
+            if stage is not None or number == self.num_layers - 1:
+                lap("encode")
+                captured = _capture(layer, hidden, prefix, wanted, mask)
+                lap("select")
+            hidden = layer(hidden, attention_mask=attention_mask)
+            if stage is not None:
+                lap("encode")
+                # Layers may live on several devices.
+                positions, indices, assignment = (each.to(hidden.device) for each in (positions, indices, assignment))
+                mask = None if mask is None else mask.to(hidden.device)
+                state = {name: value.to(hidden.device) for name, value in state.items()}
+                done = stage.reduce(
+                    EncoderTokens(hidden[:, prefix:], positions, indices, mask=mask, state=state, **captured)
+                )
+                hidden = torch.cat((hidden[:, :prefix], done.features.to(hidden.dtype)), dim=1)
+                positions = positions.gather(1, done.kept.unsqueeze(-1).expand(-1, -1, 2))
+                indices = indices.gather(1, done.kept)
+                assignment = compose_assignments(assignment, done.assignment)
+                mask, state = done.mask, done.state
+                attention_mask = None if mask is None else self._attention_mask(hidden, prefix, mask)
+                stats.append(done.stats)
+                widths.append(indices.shape[1])
+                lap("select")
+        encoder = EncoderTokens(hidden[:, prefix:], positions, indices, mask=mask, **captured)
+        return Walk(encoder, assignment, tuple(plan.values()), tuple(stats), tuple(widths))
+
+    def _attention_mask(self, hidden: Float[Tensor, "b m v"], prefix: int, mask: Bool[Tensor, "b n"]) -> Any:
+        """What keeps the layers from attending to padding, in the form of their attention implementation."""
+        config = self.module.config
+        whole = functional.pad(mask, (prefix, 0), value=True)
+        found = create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=whole)
+        if found is None and not whole.all():
+            raise UnsupportedModelError(
+                f"the attention implementation {config._attn_implementation!r} takes no padding mask, which "
+                "images that keep different numbers of tokens need; encode them one by one, or use 'sdpa'"
+            )
+        return found
+
+
+@torch.no_grad()
+def _capture(
+    layer: Any,
+    hidden: Float[Tensor, "b m v"],
+    prefix: int,
+    wanted: AbstractSet[Signal],
+    mask: Bool[Tensor, "b n"] | None,
+) -> dict[str, Tensor]:
+    """Signals of one layer from its own q, k and v, without [CLS] as a token, and without any attention map."""
+    if not wanted - {Signal.ENCODER_FEATURES}:
+        return {}
+    attention, states = layer.self_attn, layer.layer_norm1(hidden)
+    shape = (attention.num_heads, -1)
+    captured: dict[str, Tensor] = {}
+    keys = None
+    if Signal.KEYS in wanted or not _is_plain(attention.k_proj) or not prefix:
+        keys = attention.k_proj(states).unflatten(-1, shape)
+    if Signal.KEYS in wanted and keys is not None:
+        captured["keys"] = keys[:, prefix:].mean(dim=2)
+    if Signal.CLS_ATTENTION in wanted and keys is not None and not prefix:
+        queries = attention.q_proj(states).unflatten(-1, shape)
+        captured["cls_attention"] = received_attention(queries, keys, scale=attention.scale, mask=mask)
+    elif Signal.CLS_ATTENTION in wanted:
+        query = attention.q_proj(states[:, 0]).unflatten(-1, shape)
+        captured["cls_attention"] = (
+            folded_cls_attention_row(states, query, attention.k_proj.weight, scale=attention.scale, mask=mask)
+            if keys is None
+            else cls_attention_row(query, keys, scale=attention.scale, mask=mask)
+        )
+    if wanted & {Signal.VALUES, Signal.CLS_VALUE_AFFINITY}:
+        captured |= _capture_values(attention.v_proj, states, prefix, shape, wanted, mask)
+    return captured
+
+
+def _capture_values(
+    v_proj: Any,
+    states: Float[Tensor, "b m v"],
+    prefix: int,
+    shape: tuple[int, int],
+    wanted: AbstractSet[Signal],
+    mask: Bool[Tensor, "b n"] | None,
+) -> dict[str, Tensor]:
+    """Values averaged over heads, and their affinity to that of [CLS]; where the weight can be read, both are computed
+    without the values of all heads, which would be as large as the features."""
+    captured: dict[str, Tensor] = {}
+    values = None if _is_plain(v_proj) else v_proj(states).unflatten(-1, shape)
+    own = v_proj(states[:, 0]).unflatten(-1, shape) if values is None else values[:, 0]
+    if Signal.VALUES in wanted:
+        if values is None:
+            weight, bias = v_proj.weight.float(), v_proj.bias
+            bias = None if bias is None else bias.float().unflatten(0, shape).mean(dim=0)
+            captured["values"] = functional.linear(
+                states[:, prefix:].float(), weight.unflatten(0, shape).mean(dim=0), bias
+            )
+        else:
+            captured["values"] = values[:, prefix:].float().mean(dim=2)
+    if Signal.CLS_VALUE_AFFINITY in wanted:
+        # The attention row of the value of [CLS] to all values, unscaled.
+        captured["cls_value_affinity"] = (
+            folded_cls_attention_row(states, own, v_proj.weight, scale=1.0, mask=mask)
+            if values is None
+            else cls_attention_row(own, values, scale=1.0, mask=mask)
+        )
+    return captured
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether the weight can be read: not quantised, adapted by LoRA, or kept elsewhere."""
+    return type(linear) is nn.Linear and linear.weight.is_floating_point() and not linear.weight.is_meta

@@ -1,0 +1,26 @@
+"""Video-LLaVA: images as in LLaVA-1.5, through a tower of their own. Its videos are not pruned yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dcp_prune.models.llava import LlavaAdapter
+
+
+class VideoLlavaAdapter(LlavaAdapter):
+    """All images of a call have the same number of tokens, which is what the model's `forward` asks for."""
+
+    architecture = "VideoLlavaForConditionalGeneration"
+    tower_name = "image_tower"
+    image_inputs = ("pixel_values_images", "vision_feature_layer", "vision_feature_select_strategy")
+    unpruned_inputs = ("pixel_values_videos",)
+
+    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
+        made = BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
+        return {"mm_encoder_outputs": {"image": made}}

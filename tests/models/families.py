@@ -1,0 +1,290 @@
+"""Tiny models with random weights, one per family, and how each turns prompts and pictures into inputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GemmaConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from tiny_llava import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, build_processor
+
+TILE, PATCH = 56, 14
+SIZES = ((90, 90), (60, 120), (100, 40))
+"""(height, width) of pictures, which are cut into different numbers of tiles and padded on different sides."""
+
+
+def make_picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    """Coloured blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (5, 5, 3), generator=generator, dtype=torch.uint8)
+    height, width = size
+    return Image.fromarray(blocks.numpy()).resize((width, height), Image.Resampling.NEAREST)
+
+
+def text_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.15,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+    )
+
+
+def clip_config(image_size: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=PATCH,
+        initializer_factor=3.0,
+    )
+
+
+class Family(ABC):
+    """One architecture.
+
+    Attributes:
+        name: of the test.
+        separated: whether the unpruned prompt holds separators, which are not kept.
+        staged: whether tokens can be dropped inside the encoder whatever the picture.
+    """
+
+    name: str
+    separated = False
+    staged = True
+
+    @abstractmethod
+    def build(self) -> Any:
+        """The model, in eval mode, with the seed set."""
+
+    @abstractmethod
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        """Prompts with `<image>`, padded on the left, and the pictures in their order."""
+
+    @cached_property
+    def model(self) -> Any:
+        """Shared by all tests: never change it."""
+        torch.manual_seed(0)
+        model = self.build().eval()
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = PAD_ID
+        return model
+
+    def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """What the model itself makes of the images, one tensor each."""
+        names = ("pixel_values", "pixel_values_images", "image_sizes", "batch_num_images")
+        images = {name: inputs[name] for name in names if name in inputs}
+        with torch.no_grad():
+            return list(self.model.get_image_features(**images).pooler_output)
+
+
+class LlavaNext(Family):
+    name = "llava_next"
+    separated = True
+
+    def build(self) -> Any:
+        config = LlavaNextConfig(
+            vision_config=clip_config(TILE),
+            text_config=text_config(),
+            image_token_index=IMAGE_ID,
+            image_grid_pinpoints=[[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]],
+        )
+        return LlavaNextForConditionalGeneration(config)
+
+    @cached_property
+    def processor(self) -> Any:
+        plain = build_processor()
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": TILE},
+            crop_size={"height": TILE, "width": TILE},
+            image_grid_pinpoints=self.model.config.image_grid_pinpoints,
+        )
+        return LlavaNextProcessor(
+            image_processor=images,
+            tokenizer=plain.tokenizer,
+            patch_size=PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=plain.chat_template,
+        )
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        return dict(
+            self.processor(
+                text=list(prompts),
+                images=list(pictures) or None,
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+            )
+        )
+
+
+def siglip_config(image_size: int = TILE) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=PATCH,
+        vision_use_head=False,  # type: ignore[call-arg]
+    )
+
+
+def expand_placeholders(prompts: Sequence[str], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Ids and mask, with as many placeholders for each image as the model has features."""
+    tokenizer: Any = build_processor().tokenizer
+    remaining = iter(lengths)
+    rows = []
+    for prompt in prompts:
+        words = [
+            [IMAGE_ID] * next(remaining) if word == "<image>" else tokenizer.convert_tokens_to_ids([word])
+            for word in prompt.split()
+        ]
+        rows.append([BOS_ID, *(number for word in words for number in word)])
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD_ID] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class LlavaOnevision(Family):
+    """Its processor needs a video processor, and that torchvision: ids are made by hand."""
+
+    name = "llava_onevision"
+    separated = True
+    aspect = "anyres_max_9"
+
+    def build(self) -> Any:
+        config = LlavaOnevisionConfig(
+            vision_config=siglip_config(),
+            text_config=text_config(),
+            image_token_index=IMAGE_ID,
+            video_token_index=63,
+            image_grid_pinpoints=[[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]],
+            vision_aspect_ratio=self.aspect,
+        )
+        model = LlavaOnevisionForConditionalGeneration(config)
+        sharpen(model.model.vision_tower)
+        return model
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        if not pictures:
+            return dict(expand_placeholders(prompts, []))
+        processor = LlavaOnevisionImageProcessorPil(
+            size={"height": TILE, "width": TILE}, image_grid_pinpoints=self.model.config.image_grid_pinpoints
+        )
+        given = iter(pictures)
+        groups = [[next(given) for _ in range(prompt.count("<image>"))] for prompt in prompts]
+        images = dict(processor(groups, return_tensors="pt"))  # type: ignore[arg-type]
+        lengths = [len(features) for features in self.own_features(images)]
+        return expand_placeholders(prompts, lengths) | images
+
+
+class ScaledOnevision(LlavaOnevision):
+    """Large pictures are scaled down behind the projector."""
+
+    name = "llava_onevision_scaled"
+    staged = False
+    aspect = "anyres_max_2"
+
+
+class PaliGemma(Family):
+    """Its processor would add a thousand words to the tokenizer: ids are made by hand."""
+
+    name = "paligemma"
+
+    def build(self) -> Any:
+        text = GemmaConfig(
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            initializer_range=0.15,
+            pad_token_id=PAD_ID,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+        )
+        config = PaliGemmaConfig(
+            vision_config=siglip_config(84), text_config=text, image_token_index=IMAGE_ID, projection_dim=48
+        )
+        model = PaliGemmaForConditionalGeneration(config)
+        sharpen(model.model.vision_tower)
+        return model
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        ids = expand_placeholders(prompts, [36] * len(pictures))
+        ids["token_type_ids"] = torch.zeros_like(ids["input_ids"])
+        if not pictures:
+            return dict(ids)
+        images = SiglipImageProcessorPil(size={"height": 84, "width": 84})(list(pictures), return_tensors="pt")
+        return ids | dict(images)
+
+
+class VideoLlava(Family):
+    """Its processor needs a video processor, and that torchvision: ids are made by hand."""
+
+    name = "video_llava"
+
+    def build(self) -> Any:
+        config = VideoLlavaConfig(
+            vision_config=clip_config(84),
+            text_config=text_config(),
+            image_token_index=IMAGE_ID,
+            video_token_index=63,
+            image_seq_length=36,
+        )
+        return VideoLlavaForConditionalGeneration(config)
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        ids = expand_placeholders(prompts, [36] * len(pictures))
+        if not pictures:
+            return dict(ids)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84})
+        return ids | {"pixel_values_images": processor(list(pictures), return_tensors="pt")["pixel_values"]}
+
+
+def sharpen(tower: Any) -> None:
+    """Random SigLIP weights give pictures that hardly differ; these do."""
+    for parameter in tower.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(4.0)
+
+
+FAMILIES: tuple[Family, ...] = (LlavaNext(), LlavaOnevision(), ScaledOnevision(), PaliGemma(), VideoLlava())
