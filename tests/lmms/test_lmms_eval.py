@@ -131,17 +131,15 @@ def documents(scenes: list[Scene]) -> list[dict[str, Any]]:
 
 def test_the_command_line_reports_what_our_own_evaluation_reports(workplace: Path, tmp_path: Path) -> None:
     # So few tokens that some answers are wrong; where all are right, equal shares of right answers would say little.
-    model_args = f"pretrained={WEAK},pruner=dcp,num_tokens=4"
+    # Our own evaluation reads the testbed in float32; the checkpoint's bfloat16 answers a near tie otherwise.
+    model_args = f"pretrained={WEAK},pruner=dcp,num_tokens=4,dtype=float32"
     done = command_line(workplace, model_args, "--batch_size", "4", "--output_path", str(tmp_path), "--log_samples")
     assert done.returncode == 0, done.stdout + done.stderr
     (results,) = [json.loads(path.read_text()) for path in tmp_path.rglob("*_results.json")]
     (samples,) = [list(map(json.loads, path.open())) for path in tmp_path.rglob("*_samples_dcp_testbed.jsonl")]
     words, correct = our_answers("dcp", 4)
-    # Batches of another size round differently, and among lookalikes the pick may fall on another one.
-    others = sum(answer != word for answer, word in zip(answers_of(samples), words, strict=True))
-    assert others <= 1
-    share = results["results"]["dcp_testbed"]["exact_match,none"]
-    assert share == pytest.approx(sum(correct) / len(correct), abs=(others + 0.01) / len(correct))
+    assert answers_of(samples) == words
+    assert results["results"]["dcp_testbed"]["exact_match,none"] == pytest.approx(sum(correct) / len(correct))
     assert 0 < sum(correct) < len(correct)
     assert "pruner=dcp,num_tokens=4" in results["config"]["model_args"]
     assert results["throughput"]["avg_visual_tokens_before"] == 576
