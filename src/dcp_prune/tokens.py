@@ -37,7 +37,7 @@ class EncoderTokens:
 
     Attributes:
         features: hidden states. `b n v`.
-        positions: (row, col) on the image grid, in patch units. `b n 2`.
+        positions: (row, col) on the image grid, in patch units; of a video (row, col, time). `b n p`.
         indices: position of each token among the original tokens of its image, ascending. `b n`.
         cls_attention: attention that [CLS] pays to each token, averaged over heads; sums to less than 1 since
             the [CLS]-to-[CLS] share is left out. In encoders without [CLS], the attention that each token receives,
@@ -53,7 +53,7 @@ class EncoderTokens:
     """
 
     features: Float[Tensor, "b n v"]
-    positions: Float[Tensor, "b n 2"]
+    positions: Float[Tensor, "b n p"]
     indices: Int[Tensor, "b n"]
     cls_attention: Float[Tensor, "b n"] | None = None
     keys: Float[Tensor, "b n c"] | None = None
@@ -98,7 +98,7 @@ class VisualTokens:
     Attributes:
         features: `b n d`.
         mask: False marks padding. `b n`.
-        positions: (row, col) on the image grid, in patch units. `b n 2`.
+        positions: (row, col) on the image grid, in patch units; of a video (row, col, time). `b n p`.
         indices: position of each token among the original tokens of its image, ascending. `b n`.
         num_original: number of original tokens before any stage, N; where images differ, of the largest.
         assignment: original token -> slot in 0..n-1 that absorbed it so far, -1 if dropped. `b N`.
@@ -114,7 +114,7 @@ class VisualTokens:
 
     features: Float[Tensor, "b n d"]
     mask: Bool[Tensor, "b n"]
-    positions: Float[Tensor, "b n 2"]
+    positions: Float[Tensor, "b n p"]
     indices: Int[Tensor, "b n"]
     num_original: int
     assignment: Int[Tensor, "b N"]

@@ -89,7 +89,7 @@ def attention_by_the_model(model: Any, pixels: Tensor) -> tuple[Tensor, ...]:
 def test_features_without_stages_are_bit_equal_to_the_models_own(model: Any, pixels: Tensor, layer: int) -> None:
     model.config.vision_feature_layer = layer
     own = torch.stack(tuple(model.get_image_features(pixels).pooler_output))
-    tokens = get_adapter(model).encode(pixels).tokens
+    tokens = get_adapter(model).encode({"pixel_values": pixels}).tokens
     assert torch.equal(tokens.features, own)
     assert tokens.encoder is None
     assert tokens.num_original == 36
@@ -100,7 +100,7 @@ def test_layers_behind_the_feature_layer_are_not_computed(model: Any, pixels: Te
     calls: list[int] = []
     for number, layer in enumerate(model.model.vision_tower.encoder.layers):
         layer.register_forward_hook(lambda *_, number=number: calls.append(number))
-    get_adapter(model).encode(pixels)
+    get_adapter(model).encode({"pixel_values": pixels})
     assert calls == [0, 1, 2]
     calls.clear()
     model.get_image_features(pixels)
@@ -108,7 +108,7 @@ def test_layers_behind_the_feature_layer_are_not_computed(model: Any, pixels: Te
 
 
 def test_cls_attention_is_that_of_the_feature_layer_as_eager_attention_has_it(model: Any, pixels: Tensor) -> None:
-    encoder = get_adapter(model).encode(pixels, signals=SIGNALS).tokens.encoder
+    encoder = get_adapter(model).encode({"pixel_values": pixels}, signals=SIGNALS).tokens.encoder
     maps = attention_by_the_model(model, pixels)
     assert encoder is not None
     assert encoder.cls_attention is not None
@@ -120,7 +120,7 @@ def test_keys_are_averaged_over_heads_and_leave_cls_out(model: Any, pixels: Tens
     caught: list[Tensor] = []
     model.model.vision_tower.encoder.layers[2].self_attn.k_proj.register_forward_hook(lambda *a: caught.append(a[2]))
     model.get_image_features(pixels)
-    encoder = get_adapter(model).encode(pixels, signals=SIGNALS).tokens.encoder
+    encoder = get_adapter(model).encode({"pixel_values": pixels}, signals=SIGNALS).tokens.encoder
     assert encoder is not None
     assert encoder.keys is not None
     torch.testing.assert_close(encoder.keys, caught[0].view(2, 37, 4, 16).mean(dim=2)[:, 1:])
@@ -130,10 +130,10 @@ def test_the_folded_row_equals_the_row_from_keys(model: Any, pixels: Tensor) -> 
     class Quantised(nn.Linear):
         """Stands for a layer whose weight must not be read."""
 
-    folded = get_adapter(model).encode(pixels, signals=SIGNALS - {Signal.KEYS}).tokens.encoder
+    folded = get_adapter(model).encode({"pixel_values": pixels}, signals=SIGNALS - {Signal.KEYS}).tokens.encoder
     for layer in model.model.vision_tower.encoder.layers:
         layer.self_attn.k_proj.__class__ = Quantised
-    called = get_adapter(model).encode(pixels, signals=SIGNALS - {Signal.KEYS}).tokens.encoder
+    called = get_adapter(model).encode({"pixel_values": pixels}, signals=SIGNALS - {Signal.KEYS}).tokens.encoder
     assert folded is not None
     assert called is not None
     torch.testing.assert_close(folded.cls_attention, called.cls_attention)
@@ -144,7 +144,7 @@ def test_values_are_averaged_over_heads_and_compared_with_that_of_cls(model: Any
     model.model.vision_tower.encoder.layers[2].self_attn.v_proj.register_forward_hook(lambda *a: caught.append(a[2]))
     model.get_image_features(pixels)
     values = caught[0].view(2, 37, 4, 16)
-    encoder = get_adapter(model).encode(pixels, signals=VALUE_SIGNALS).tokens.encoder
+    encoder = get_adapter(model).encode({"pixel_values": pixels}, signals=VALUE_SIGNALS).tokens.encoder
     assert encoder is not None
     assert encoder.values is not None
     assert encoder.cls_value_affinity is not None
@@ -157,10 +157,10 @@ def test_values_of_a_layer_whose_weight_cannot_be_read_are_the_same(model: Any, 
     class Quantised(nn.Linear):
         """Stands for a layer whose weight must not be read."""
 
-    folded = get_adapter(model).encode(pixels, signals=VALUE_SIGNALS).tokens.encoder
+    folded = get_adapter(model).encode({"pixel_values": pixels}, signals=VALUE_SIGNALS).tokens.encoder
     for layer in model.model.vision_tower.encoder.layers:
         layer.self_attn.v_proj.__class__ = Quantised
-    called = get_adapter(model).encode(pixels, signals=VALUE_SIGNALS).tokens.encoder
+    called = get_adapter(model).encode({"pixel_values": pixels}, signals=VALUE_SIGNALS).tokens.encoder
     assert folded is not None
     assert called is not None
     torch.testing.assert_close(folded.values, called.values)
@@ -169,11 +169,11 @@ def test_values_of_a_layer_whose_weight_cannot_be_read_are_the_same(model: Any, 
 
 def test_nothing_is_captured_that_nobody_asked_for(model: Any, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dcp_prune.models.tower.folded_cls_attention_row", lambda *a, **k: pytest.fail("captured"))
-    get_adapter(model).encode(pixels, signals=frozenset({Signal.ENCODER_FEATURES}))
+    get_adapter(model).encode({"pixel_values": pixels}, signals=frozenset({Signal.ENCODER_FEATURES}))
 
 
 def test_a_stage_sees_its_own_layers_output_and_attention(model: Any, adapter: ModelAdapter, pixels: Tensor) -> None:
-    adapter.encode(pixels, [KeepMostAttended(1, 12)])
+    adapter.encode({"pixel_values": pixels}, [KeepMostAttended(1, 12)])
     hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     maps = attention_by_the_model(model, pixels)
     (seen,) = KeepMostAttended.seen
@@ -186,21 +186,23 @@ def test_layers_behind_a_stage_read_cls_and_the_survivors_only(model: Any, pixel
     lengths: list[int] = []
     for layer in model.model.vision_tower.encoder.layers:
         layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    tokens = get_adapter(model).encode(pixels, [KeepMostAttended(1, 5), KeepMostAttended(0, 20)]).tokens
+    tokens = (
+        get_adapter(model).encode({"pixel_values": pixels}, [KeepMostAttended(1, 5), KeepMostAttended(0, 20)]).tokens
+    )
     assert lengths == [37, 21, 6]
     assert tokens.features.shape == (2, 5, 48)
 
 
 def test_a_stage_that_drops_nothing_changes_no_bit(adapter: ModelAdapter, pixels: Tensor) -> None:
-    plain = adapter.encode(pixels).tokens
-    staged = adapter.encode(pixels, [KeepMostAttended(1, 36)]).tokens
+    plain = adapter.encode({"pixel_values": pixels}).tokens
+    staged = adapter.encode({"pixel_values": pixels}, [KeepMostAttended(1, 36)]).tokens
     assert torch.equal(plain.features, staged.features)
 
 
 def test_indices_positions_and_assignment_follow_the_survivors_through_two_stages(
     adapter: ModelAdapter, pixels: Tensor
 ) -> None:
-    encoded = adapter.encode(pixels, [KeepMostAttended(0, 20), KeepMostAttended(1, 5)], SIGNALS)
+    encoded = adapter.encode({"pixel_values": pixels}, [KeepMostAttended(0, 20), KeepMostAttended(1, 5)], SIGNALS)
     tokens = encoded.tokens
     first, second = KeepMostAttended.seen
     assert torch.equal(first.indices, torch.arange(36).expand(2, 36))
@@ -215,17 +217,17 @@ def test_indices_positions_and_assignment_follow_the_survivors_through_two_stage
 @pytest.mark.parametrize("layer", [2, 3, 7, -1])
 def test_a_stage_at_or_past_the_feature_layer_is_refused(adapter: ModelAdapter, pixels: Tensor, layer: int) -> None:
     with pytest.raises(InvalidInputError, match=f"layer {layer} is at or past the feature layer 2.* layers 0 to 1"):
-        adapter.encode(pixels, [KeepMostAttended(layer, 8)])
+        adapter.encode({"pixel_values": pixels}, [KeepMostAttended(layer, 8)])
 
 
 def test_two_stages_at_one_layer_are_refused(adapter: ModelAdapter, pixels: Tensor) -> None:
     with pytest.raises(InvalidInputError, match=r"share a layer in \[1, 1\]"):
-        adapter.encode(pixels, [KeepMostAttended(1, 8), KeepMostAttended(1, 6)])
+        adapter.encode({"pixel_values": pixels}, [KeepMostAttended(1, 8), KeepMostAttended(1, 6)])
 
 
 def test_selecting_images_equals_encoding_them_alone(adapter: ModelAdapter, pixels: Tensor) -> None:
-    both = adapter.encode(pixels, [KeepMostAttended(1, 8)], SIGNALS).select([1, 1, 0]).tokens
-    alone = adapter.encode(pixels[1:], [KeepMostAttended(1, 8)], SIGNALS).tokens
+    both = adapter.encode({"pixel_values": pixels}, [KeepMostAttended(1, 8)], SIGNALS).select([1, 1, 0]).tokens
+    alone = adapter.encode({"pixel_values": pixels[1:]}, [KeepMostAttended(1, 8)], SIGNALS).tokens
     assert both.features.shape[0] == 3
     torch.testing.assert_close(both.features[:1], alone.features)
     assert both.encoder is not None
@@ -248,11 +250,11 @@ def test_images_that_keep_different_numbers_equal_images_alone(
 ) -> None:
     model.set_attn_implementation(implementation)
     adapter = get_adapter(model)
-    together = adapter.encode(uneven_pixels, UNEVEN, SIGNALS).tokens
+    together = adapter.encode({"pixel_values": uneven_pixels}, UNEVEN, SIGNALS).tokens
     assert not together.mask.all(), "this test needs images that differ"
     assert together.encoder is not None
     for row in range(4):
-        alone = adapter.encode(uneven_pixels[row : row + 1], UNEVEN, SIGNALS).tokens
+        alone = adapter.encode({"pixel_values": uneven_pixels[row : row + 1]}, UNEVEN, SIGNALS).tokens
         real = together.mask[row]
         assert alone.mask.all(), "one image has no padding"
         assert torch.equal(together.indices[row][real], alone.indices[0])
@@ -269,7 +271,7 @@ def test_images_that_keep_different_numbers_equal_images_alone(
 def test_a_stage_sees_the_state_of_the_one_before_and_padding_without_attention(
     adapter: ModelAdapter, uneven_pixels: Tensor
 ) -> None:
-    encoded = adapter.encode(uneven_pixels, UNEVEN)
+    encoded = adapter.encode({"pixel_values": uneven_pixels}, UNEVEN)
     first, second = KeepUneven.seen
     assert dict(first.state) == {}
     assert second.state["stages"].item() == 1
@@ -287,7 +289,7 @@ def test_stages_that_keep_a_fixed_number_never_see_a_mask(model: Any, pixels: Te
     tower: Any = model.model.vision_tower
     for layer in tower.encoder.layers:
         layer.register_forward_pre_hook(lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
-    encoded = get_adapter(model).encode(pixels, [KeepMostAttended(0, 20), KeepMostAttended(1, 5)])
+    encoded = get_adapter(model).encode({"pixel_values": pixels}, [KeepMostAttended(0, 20), KeepMostAttended(1, 5)])
     assert masks == [None] * 3
     assert encoded.stage_tokens == (20, 5)
 
@@ -298,5 +300,5 @@ def test_an_attention_without_padding_masks_is_refused_where_images_differ(
     monkeypatch.setattr("dcp_prune.models.tower.create_bidirectional_mask", lambda **_: None)
     adapter = get_adapter(model)
     with pytest.raises(UnsupportedModelError, match=r"'sdpa' takes no padding mask.* encode them one by one"):
-        adapter.encode(uneven_pixels, UNEVEN)
-    adapter.encode(uneven_pixels[:1], UNEVEN)
+        adapter.encode({"pixel_values": uneven_pixels}, UNEVEN)
+    adapter.encode({"pixel_values": uneven_pixels[:1]}, UNEVEN)

@@ -71,14 +71,17 @@ def images_per_row(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
 
 
 def find_question(
-    ids: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"] | None, image_token_id: int, special_ids: Int[Tensor, " s"]
+    ids: Int[Tensor, "b l"],
+    mask: Bool[Tensor, "b l"] | None,
+    image_tokens: Sequence[int],
+    special_ids: Int[Tensor, " s"],
 ) -> Bool[Tensor, "b l"]:
     """The words that ask about the images: no placeholder, padding or special token, and behind the last placeholder.
 
     A row where nothing follows the image (text first, image last) gives all its words.
     """
     length = ids.shape[1]
-    placeholders = ids == image_token_id
+    placeholders = torch.isin(ids, torch.tensor(image_tokens, dtype=ids.dtype, device=ids.device))
     words = ~placeholders & ~torch.isin(ids, special_ids)
     if mask is not None:
         words = words & mask
@@ -94,11 +97,13 @@ def surviving_columns(
     rows: Int[Tensor, " i"],
     columns: Int[Tensor, "i n"],
     kept: Int[Tensor, "i k"],
+    gone: Sequence[Bool[Tensor, "b l"]] = (),
 ) -> Int[Tensor, "b m"]:
     """Column of the prompt that lands in each column of the short prompt; -1 is padding.
 
-    Rows keep all their text, and of each image the `kept` placeholders (-1 is none). m is the longest row; padding is
-    taken off and put back on the side where the batch had it (left if it had none), masked columns inside a row stay.
+    Rows keep all their text but what is `gone`, and of each image the `kept` placeholders (-1 is none). m is the
+    longest row; padding is taken off and put back on the side where the batch had it (left if it had none), masked
+    columns inside a row stay.
     """
     keep = torch.ones_like(ids, dtype=torch.bool)
     right = False
@@ -111,6 +116,8 @@ def surviving_columns(
     keep[rows.unsqueeze(1), columns] = False
     keep[rows.unsqueeze(1), survivors] = True
     keep = keep[:, :-1]
+    for columns in gone:
+        keep = keep & ~columns
     length = int(keep.sum(dim=1).max().item())
     order = torch.argsort(keep.int(), dim=1, stable=True, descending=right)
     order = order[:, :length] if right else order[:, keep.shape[1] - length :]

@@ -10,10 +10,12 @@ from typing import Any, Self
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from dcp_prune.budget import Budget
 from dcp_prune.errors import InvalidInputError
+from dcp_prune.functional.similarity import gather_tokens
 from dcp_prune.integrations.prompt import (
     compact_positions,
     find_question,
@@ -25,6 +27,7 @@ from dcp_prune.integrations.prompt import (
 from dcp_prune.integrations.stopwatch import Stopwatch
 from dcp_prune.models import EncodedImages, ImageLayout, ModelAdapter, get_adapter, plain_layout
 from dcp_prune.pruners.base import Pruner
+from dcp_prune.pruners.batching import regroup
 from dcp_prune.tokens import PrunedTokens, Signal
 
 
@@ -34,6 +37,7 @@ class PruneRecord:
 
     Attributes:
         pruner: the pruner that did it.
+        modalities: what each is, `image` or `video`; below, `image` stands for either.
         layouts: where the original tokens of each image lie.
         prompt_before: columns of the original prompt, padding included.
         columns: column of the original prompt in each column of the short one, -1 for padding. `b m`.
@@ -42,11 +46,12 @@ class PruneRecord:
             behind the last where an image keeps fewer than another. `i k`.
         assignment: original token -> slot that absorbed it, -1 if it was dropped. `i n`.
         stats: what the pruner reported, e.g. `kappa` `i`.
-        stage_stats: what each in-encoder stage reported, with a row per tile.
+        stage_stats: what each in-encoder stage reported, with a row per tile, of images before videos.
         watch: the running times; read them as `milliseconds`.
     """
 
     pruner: Pruner
+    modalities: tuple[str, ...]
     layouts: tuple[ImageLayout, ...]
     prompt_before: int
     columns: Int[Tensor, "b m"]
@@ -61,6 +66,7 @@ class PruneRecord:
     def idle(
         cls,
         pruner: Pruner,
+        modalities: Sequence[str],
         layouts: Sequence[ImageLayout],
         width: int,
         rows: Int[Tensor, " i"],
@@ -70,7 +76,7 @@ class PruneRecord:
         """The record of a call that removes nothing."""
         every = _every_token([len(layout) for layout in layouts], rows.device)
         columns = torch.arange(width, device=rows.device).expand(num_rows, width)
-        return cls(pruner, tuple(layouts), width, columns, rows, every, every, {}, (), watch)
+        return cls(pruner, tuple(modalities), tuple(layouts), width, columns, rows, every, every, {}, (), watch)
 
     @property
     def tokens_before(self) -> int:
@@ -90,8 +96,16 @@ class PruneRecord:
 
     def boxes(self, image: int) -> Float[Tensor, "k 4"]:
         """Top, left, bottom and right edge of each kept token's patch, as shares of the picture that the model saw."""
+        return self.layouts[image].boxes[self._kept(image)]
+
+    def tiles(self, image: int) -> Int[Tensor, " k"]:
+        """Which tile, or which frame of a video, each kept token comes from; -1 for a separator."""
+        layout = self.layouts[image]
+        return layout.source[self._kept(image)].div(layout.tile_size, rounding_mode="floor")
+
+    def _kept(self, image: int) -> Int[Tensor, " k"]:
         kept = self.indices[image].cpu()
-        return self.layouts[image].boxes[kept[kept >= 0]]
+        return kept[kept >= 0]
 
     @property
     def prompt_after(self) -> int:
@@ -126,9 +140,11 @@ class ShortInputs:
             With a cache, both prompts begin with the conversation so far. `b m`.
         width: columns of the original prompt.
         tensors: the short inputs without the images.
-        features: the visual tokens that are left; None if there are none or nothing changed. Zero where an image keeps
-            fewer than k. `i k d`.
+        features: the visual tokens that are left, in the order of the record; None if there are none or nothing
+            changed. Zero where an image keeps fewer than k. `i k d`.
         lengths: how many of them are left of each image.
+        deepstack: what the language model adds to the same tokens behind its first layers, one tensor a layer. `i k d`.
+        adapters: of the images and of the videos that were encoded, with the number of each.
     """
 
     original: Mapping[str, Any]
@@ -137,16 +153,25 @@ class ShortInputs:
     width: int
     tensors: Mapping[str, Any]
     features: Float[Tensor, "i k d"] | None
-    lengths: tuple[int, ...]
-    adapter: ModelAdapter = field(repr=False)
+    lengths: tuple[int, ...] = ()
+    deepstack: tuple[Float[Tensor, "i k d"], ...] = ()
+    adapters: tuple[tuple[ModelAdapter, int], ...] = field(default=(), repr=False)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Ready for `model(**inputs)` and `model.generate(**inputs)`; a fresh dictionary every time."""
         if self.features is None:
             return dict(self.tensors)
-        images = [features[:length] for features, length in zip(self.features, self.lengths, strict=True)]
-        return {**self.tensors, **self.adapter.hand_over(images)}
+        made, first = {}, 0
+        for adapter, count in self.adapters:
+            own = slice(first, first + count)
+            features, *deepstack = (
+                [row[:length] for row, length in zip(each[own], self.lengths[own], strict=True)]
+                for each in (self.features, *self.deepstack)
+            )
+            made[adapter.modality] = adapter.hand_over(features, deepstack)
+            first += count
+        return {**self.tensors, "mm_encoder_outputs": made}
 
     def restore(self, sequences: Int[Tensor, "r s"]) -> Int[Tensor, "r L"]:
         """What `generate` returned for the short prompt, with the original prompt in front of the new tokens.
@@ -196,10 +221,10 @@ class _Turn:
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """The images of a call, encoded already or not yet."""
+    """The images or the videos of a call, encoded already or not yet."""
 
     adapter: ModelAdapter
-    pixels: Float[Tensor, "i *tiles c y x"] | None
+    inputs: Mapping[str, Any]
     layouts: tuple[ImageLayout, ...]
     encoded: EncodedImages | None
 
@@ -207,9 +232,9 @@ class _Images:
     def of(cls, adapter: ModelAdapter, inputs: Mapping[str, Any], encoded: EncodedImages | None) -> _Images:
         if encoded is not None:
             b, n = encoded.tokens.features.shape[0], encoded.tokens.num_original
-            return cls(adapter, None, encoded.layouts or (plain_layout(1, n),) * b, encoded)
-        pixels = inputs.get(adapter.image_inputs[0])
-        return cls(adapter, pixels, () if pixels is None else tuple(adapter.layouts(inputs)), None)
+            return cls(adapter, {}, encoded.layouts or (plain_layout(1, n),) * b, encoded)
+        given = inputs.get(adapter.image_inputs[0]) is not None
+        return cls(adapter, inputs, tuple(adapter.layouts(inputs)) if given else (), None)
 
     def __len__(self) -> int:
         return len(self.layouts)
@@ -219,12 +244,12 @@ class _Images:
         """Placeholders of each image."""
         return [len(layout) for layout in self.layouts]
 
-    def select(self, images: list[int]) -> _Images:
+    def select(self, which: list[int]) -> _Images:
         return replace(
             self,
-            pixels=None if self.pixels is None else self.pixels[images],
-            layouts=tuple(self.layouts[image] for image in images),
-            encoded=self.encoded and self.encoded.select(images),
+            inputs=self.inputs if self.encoded else self.adapter.take(self.inputs, self.layouts, which),
+            layouts=tuple(self.layouts[image] for image in which),
+            encoded=self.encoded and self.encoded.select(which),
         )
 
     def kept_whole(self, budget: Budget) -> list[bool]:
@@ -239,9 +264,8 @@ class _Images:
 
     def encode(self, pruner: Pruner, lap: Callable[[str], None]) -> EncodedImages:
         if self.encoded is None:
-            assert self.pixels is not None
             self.adapter.check_signals(type(pruner).__name__, pruner.requires)
-            return encode(self.adapter, self.pixels, (pruner,), lap, self.layouts)
+            return encode(self.adapter, self.inputs, (pruner,), lap, self.layouts)
         stages = _stages(self.adapter, self.layouts, pruner)
         if stages != self.encoded.stages:
             raise InvalidInputError(
@@ -251,9 +275,31 @@ class _Images:
         return self.encoded
 
 
+@dataclass(frozen=True, eq=False)
+class _Pruned:
+    """What is left of the images or the videos of a call.
+
+    Attributes:
+        images: whose they are.
+        rows: row of the prompt that each stands in. `i`.
+        places: column of each of its placeholders, -1 behind the last. `i n`.
+        whole: of which every token is kept.
+        tokens: what the pruner kept; the stats of in-encoder stages.
+        deepstack: of the kept tokens. `i k d`.
+    """
+
+    images: _Images
+    rows: Int[Tensor, " i"]
+    places: Int[Tensor, "i n"]
+    whole: list[bool]
+    tokens: PrunedTokens
+    stage_stats: tuple[Mapping[str, Tensor], ...]
+    deepstack: tuple[Float[Tensor, "i k d"], ...]
+
+
 def encode(
     adapter: ModelAdapter,
-    pixels: Float[Tensor, "i *tiles c y x"],
+    images: Mapping[str, Any],
     pruners: Sequence[Pruner],
     lap: Callable[[str], None] = lambda name: None,
     layouts: Sequence[ImageLayout] | None = None,
@@ -264,7 +310,7 @@ def encode(
         InvalidInputError: they do not agree, or a stage does not fit the encoder.
     """
     if layouts is None:
-        layouts = adapter.layouts({adapter.image_inputs[0]: pixels})
+        layouts = adapter.layouts(images)
     plans = [_stages(adapter, layouts, pruner) for pruner in pruners]
     if any(plan != plans[0] for plan in plans):
         raise InvalidInputError(
@@ -272,7 +318,7 @@ def encode(
             "call encode_images once for each of them"
         )
     signals = frozenset().union(*(pruner.requires | pruner.optional for pruner in pruners))
-    return adapter.encode(pixels, plans[0] if plans else (), signals & adapter.signals, lap, layouts)
+    return adapter.encode(images, plans[0] if plans else (), signals & adapter.signals, lap, layouts)
 
 
 def _stages(adapter: ModelAdapter, layouts: Sequence[ImageLayout], pruner: Pruner) -> tuple[Any, ...]:
@@ -288,69 +334,143 @@ def shorten(
     processor: Any = None,
     text: str | Sequence[str] | None = None,
     encoded: EncodedImages | None = None,
+    keep_markers: bool = False,
     cached: CachedPrompt | None = None,
     whole_prompt: bool = True,
 ) -> ShortInputs:
     """`prune_inputs` for a conversation that may have begun.
 
     Args:
-        model, inputs, pruner, processor, text, encoded: as for `prune_inputs`.
+        model, inputs, pruner, processor, text, encoded, keep_markers: as for `prune_inputs`.
         cached: what is known of the prompt in the cache.
         whole_prompt: `input_ids` repeat the conversation that is in the cache, as `generate` wants it, unless the mask
             is longer than they are.
     """
     adapter = get_adapter(model)
-    unchanged = ShortInputs(inputs, None, None, 0, inputs, None, (), adapter)
+    unchanged = ShortInputs(inputs, None, None, 0, inputs, None)
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    with_images = encoded is not None or inputs.get(adapter.image_inputs[0]) is not None
-    _check_inputs(adapter, model.config, inputs, with_images)
-    images = _Images.of(adapter, inputs, encoded)
+    kinds = [
+        _Images.of(each, inputs, encoded if each is adapter else None) for each in (adapter, adapter.video) if each
+    ]
+    _check_inputs(model.config, inputs, kinds)
     if ids is None:
         return unchanged
     turn = _find_turn(ids, mask, inputs.get("past_key_values"), cached, whole_prompt)
     tail = ids[:, turn.start :]
     width = turn.head_width + tail.shape[1]
-    if images and turn.head_width:
-        images = images.select(_new_images(ids, tail, adapter.image_token_id, images))
-    if not images and not turn.cut:
+    if turn.head_width:
+        kinds = [each.select(_new_images(ids, tail, each)) if each else each for each in kinds]
+    kinds = [each for each in kinds if each]
+    if not kinds and not turn.cut:
         return unchanged
 
     watch = Stopwatch(ids.device)
-    record = features = None
-    lengths: tuple[int, ...] = ()
+    short = replace(unchanged, width=width)
     tail_columns = torch.arange(tail.shape[1], device=ids.device).expand(tail.shape)
-    if images:
-        rows, places = locate_images(tail, adapter.image_token_id, images.lengths)
-        record = PruneRecord.idle(pruner, images.layouts, width, rows, ids.shape[0], watch)
-        whole = images.kept_whole(pruner.budget)
-        if all(whole) and encoded is None and not turn.cut:
+    if kinds:
+        found = [locate_images(tail, each.adapter.image_token_id, each.lengths) for each in kinds]
+        whole = [each.kept_whole(pruner.budget) for each in kinds]
+        if all(map(all, whole)) and encoded is None and not turn.cut:
+            layouts = [layout for each in kinds for layout in each.layouts]
+            rows = torch.cat([rows for rows, _ in found])
+            modalities = [each.adapter.modality for each in kinds for _ in each.layouts]
+            record = PruneRecord.idle(pruner, modalities, layouts, width, rows, ids.shape[0], watch)
             return replace(unchanged, record=record)
-        coded = images.encode(pruner, watch.lap)
-        watch.lap("encode")
-        tokens = coded.tokens
-        if Signal.TEXT in pruner.requires | pruner.optional and tokens.text is None:
-            words = _question(model, ids, mask, adapter.image_token_id, processor, text)
-            tokens = replace(tokens, **_embed(model, words, rows, tokens.features.device))
-        pruned = pruner(tokens)
-        if any(whole) and adapter.separator is not None:
-            pruned = _with_separators(pruned, images.layouts, whole, adapter.separator)
-        watch.lap("select")
-        features, lengths = pruned.features, tuple(pruned.mask.sum(dim=1).tolist())
-        record = replace(
-            record,
-            indices=pruned.indices,
-            assignment=pruned.assignment,
-            stats=pruned.stats,
-            stage_stats=coded.stage_stats,
-        )
+        words = _Words(model, inputs, [each.adapter.image_token_id for each in kinds], processor, text)
+        pruned = [
+            _prune(each, pruner, words, *places, kept, watch)
+            for each, places, kept in zip(kinds, found, whole, strict=True)
+        ]
+        short = _join(short, pruner, pruned, watch)
+        assert short.record is not None
         tail_mask = None if mask is None else mask[:, mask.shape[1] - tail.shape[1] :].bool()
-        tail_columns = surviving_columns(tail_mask, tail, rows, places, pruned.indices.to(ids.device))
+        places = _pad_columns([each.places for each in pruned], -1)
+        gone = [] if keep_markers else [_markers(tail, each) for each in pruned if each.images.adapter.markers]
+        tail_columns = surviving_columns(
+            tail_mask, tail, short.record.rows, places, short.record.indices.to(ids.device), gone
+        )
     columns = torch.cat((turn.head, torch.where(tail_columns < 0, -1, tail_columns + turn.head_width)), dim=1)
     own = tail_columns if turn.start < turn.head_width else columns
-    short = _shorten_tensors(inputs, adapter, columns, own, _pad_id(model))
+    tensors = _shorten_tensors(inputs, adapter, columns, own, _pad_id(model))
     watch.lap("prompt")
-    record = None if record is None else replace(record, columns=columns)
-    return ShortInputs(inputs, record, columns, width, short, features, lengths, adapter)
+    record = None if short.record is None else replace(short.record, columns=columns)
+    return replace(short, record=record, columns=columns, tensors=tensors)
+
+
+def _prune(
+    images: _Images,
+    pruner: Pruner,
+    words: _Words,
+    rows: Int[Tensor, " i"],
+    places: Int[Tensor, "i n"],
+    whole: list[bool],
+    watch: Stopwatch,
+) -> _Pruned:
+    """Encodes images or videos and chooses among their tokens."""
+    coded = images.encode(pruner, watch.lap)
+    watch.lap("encode")
+    tokens = coded.tokens
+    if Signal.TEXT in pruner.requires | pruner.optional and tokens.text is None:
+        tokens = replace(tokens, **words.embed(rows, tokens.features.device))
+    pruned = pruner(tokens)
+    separator = images.adapter.separator
+    if any(whole) and separator is not None:
+        pruned = _with_separators(pruned, images.layouts, whole, separator)
+    deepstack = tuple(gather_tokens(each, pruned.indices.clamp(min=0)) for each in coded.deepstack)
+    watch.lap("select")
+    return _Pruned(images, rows, places, whole, pruned, coded.stage_stats, deepstack)
+
+
+def _join(short: ShortInputs, pruner: Pruner, pruned: Sequence[_Pruned], watch: Stopwatch) -> ShortInputs:
+    """Images and videos together."""
+    parts = [each.tokens for each in pruned]
+    counts = [part.indices.shape[0] for part in parts]
+    assignment = _pad_columns([part.assignment for part in parts], -1)
+    splits = assignment.split(counts)
+    parts = [replace(part, assignment=own) for part, own in zip(parts, splits, strict=True)]
+    ends = list(accumulate(counts))
+    joined = regroup(parts, [range(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    record = PruneRecord(
+        pruner=pruner,
+        modalities=tuple(each.images.adapter.modality for each in pruned for _ in each.images.layouts),
+        layouts=tuple(layout for each in pruned for layout in each.images.layouts),
+        prompt_before=short.width,
+        columns=joined.indices,
+        rows=torch.cat([each.rows for each in pruned]),
+        indices=joined.indices,
+        assignment=joined.assignment,
+        stats=joined.stats,
+        stage_stats=tuple(stats for each in pruned for stats in each.stage_stats),
+        watch=watch,
+    )
+    return replace(
+        short,
+        record=record,
+        features=joined.features,
+        lengths=tuple(joined.mask.sum(dim=1).tolist()),
+        deepstack=_join_deepstack(pruned, joined.features.shape[1]),
+        adapters=tuple((each.images.adapter, len(each.images)) for each in pruned),
+    )
+
+
+def _join_deepstack(pruned: Sequence[_Pruned], width: int) -> tuple[Float[Tensor, "i k d"], ...]:
+    layers = zip(*(each.deepstack for each in pruned), strict=True)
+    return tuple(torch.cat([functional.pad(each, (0, 0, 0, width - each.shape[1])) for each in one]) for one in layers)
+
+
+def _pad_columns(values: Sequence[Int[Tensor, "i n"]], fill: int) -> Int[Tensor, "i n"]:
+    width = max(value.shape[1] for value in values)
+    return torch.cat([functional.pad(value, (0, width - value.shape[1]), value=fill) for value in values])
+
+
+def _markers(ids: Int[Tensor, "b l"], pruned: _Pruned) -> Bool[Tensor, "b l"]:
+    """What stands between the placeholders of each image that loses some: marks of rows and tiles that are gone."""
+    shrunk = ~torch.tensor(pruned.whole, device=ids.device)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    first, last = pruned.places[:, :1], pruned.places.amax(dim=1, keepdim=True)
+    between = (columns > first) & (columns < last) & shrunk.unsqueeze(1)
+    inside = torch.zeros(ids.shape, dtype=torch.long, device=ids.device).index_add(0, pruned.rows, between.long()) > 0
+    return inside & (ids != pruned.images.adapter.image_token_id)
 
 
 def _find_turn(
@@ -380,10 +500,10 @@ def _find_turn(
     return _Turn(known, width, width)
 
 
-def _new_images(ids: Tensor, tail: Tensor, image_token_id: int, images: _Images) -> list[int]:
+def _new_images(ids: Tensor, tail: Tensor, images: _Images) -> list[int]:
     """Which images are not in the cache yet: all, or those of the tail if all of the conversation were passed."""
     lengths = images.lengths
-    counts, left = ((part == image_token_id).sum(dim=1).tolist() for part in (ids, tail))
+    counts, left = ((part == images.adapter.image_token_id).sum(dim=1).tolist() for part in (ids, tail))
     if sum(lengths) != sum(counts):
         return list(range(len(images)))
     new: list[int] = []
@@ -426,11 +546,28 @@ def _every_token(lengths: Sequence[int], device: torch.device, width: int | None
     return count.masked_fill(count >= torch.tensor(lengths, device=device).unsqueeze(1), -1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Words:
+    """The question of each row of a prompt; looked for once a pruner asks."""
+
+    model: Any
+    inputs: Mapping[str, Any]
+    placeholders: Sequence[int]
+    processor: Any
+    text: str | Sequence[str] | None
+
+    def embed(self, rows: Int[Tensor, " i"], device: torch.device) -> dict[str, Tensor | None]:
+        """`text` and `text_mask` of `VisualTokens`, for images in these rows."""
+        ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
+        question = _question(self.model, ids, mask, self.placeholders, self.processor, self.text)
+        return _embed(self.model, question, rows, device)
+
+
 def _question(
     model: Any,
     ids: Int[Tensor, "b l"],
     mask: Tensor | None,
-    image_token_id: int,
+    placeholders: Sequence[int],
     processor: Any,
     text: str | Sequence[str] | None,
 ) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
@@ -438,7 +575,7 @@ def _question(
     special = _special_ids(model, processor).to(ids.device)
     if text is None:
         mask = None if mask is None else mask[:, mask.shape[1] - ids.shape[1] :].bool()
-        return ids, find_question(ids, mask, image_token_id, special)
+        return ids, find_question(ids, mask, placeholders, special)
     texts = [text] * ids.shape[0] if isinstance(text, str) else list(text)
     if processor is None or len(texts) != ids.shape[0]:
         raise InvalidInputError(
@@ -471,7 +608,7 @@ def embed_question(
     Hand them on in `EncodedImages.tokens` to let a pruner read something else than the prompt's question.
     """
     ids = torch.zeros(len(texts), 0, dtype=torch.long, device=model.device)
-    words = _question(model, ids, None, -1, processor, texts)
+    words = _question(model, ids, None, (), processor, texts)
     made = _embed(model, words, torch.arange(len(texts), device=model.device), model.device)
     return made["text"], made["text_mask"]
 
@@ -489,7 +626,8 @@ def encoder_stages(model: Any, pixels: Float[Tensor, "i c y x"], pruner: Pruner)
 
 def image_features_as_inputs(model: Any, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
     """Model inputs that stand in for images whose prompts hold exactly as many placeholders; built anew every time."""
-    return get_adapter(model).hand_over(features)
+    adapter = get_adapter(model)
+    return {"mm_encoder_outputs": {adapter.modality: adapter.hand_over(features)}}
 
 
 def _shorten_tensors(
@@ -502,7 +640,8 @@ def _shorten_tensors(
     """The inputs without images: `columns` of the conversation for the mask, `own` for what is like `input_ids`."""
     shape = inputs["input_ids"].shape
     fills = {"input_ids": pad_id, "labels": -100}
-    short = {name: value for name, value in inputs.items() if name not in adapter.image_inputs}
+    visual = (*adapter.image_inputs, *(adapter.video.image_inputs if adapter.video else ()))
+    short = {name: value for name, value in inputs.items() if name not in visual}
     for name, value in short.items():
         if name not in ("attention_mask", "position_ids") and isinstance(value, Tensor) and value.shape == shape:
             short[name] = take_columns(value, own, fills.get(name, 0))
@@ -527,21 +666,34 @@ def _shorten_tensors(
     return short
 
 
-def _check_inputs(adapter: ModelAdapter, config: Any, inputs: Mapping[str, Any], with_images: bool) -> None:
+def _check_inputs(config: Any, inputs: Mapping[str, Any], kinds: Sequence[_Images]) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    unpruned = [name for name in adapter.unpruned_inputs if inputs.get(name) is not None]
-    if unpruned:
-        raise InvalidInputError(
-            f"{', '.join(unpruned)} of {adapter.architecture} cannot be pruned yet, only images; "
-            "remove the handle for such a call"
-        )
-    if not with_images:
-        in_cache = inputs.get("past_key_values") is not None or inputs.get("mm_encoder_outputs") is not None
-        if ids is not None and not in_cache and (ids == adapter.image_token_id).any():
+    in_cache = inputs.get("past_key_values") is not None or inputs.get("mm_encoder_outputs") is not None
+    for images in kinds:
+        adapter = images.adapter
+        unpruned = [name for name in adapter.unpruned_inputs if inputs.get(name) is not None]
+        if unpruned:
             raise InvalidInputError(
-                "the prompt holds image placeholders, but no image came with it; pass pixel_values, "
-                "or take the placeholders out of the prompt"
+                f"{', '.join(unpruned)} of {adapter.architecture} cannot be pruned yet, only images; "
+                "remove the handle for such a call"
             )
+        if not images and ids is not None and not in_cache and (ids == adapter.image_token_id).any():
+            raise InvalidInputError(
+                f"the prompt holds {adapter.modality} placeholders, but no {adapter.modality} came with it; pass "
+                f"{adapter.image_inputs[0]}, or take the placeholders out of the prompt"
+            )
+        for name in adapter.image_inputs[1:] if images else ():
+            value = inputs.get(name)
+            if (
+                name not in adapter.image_details
+                and value is not None
+                and (not hasattr(config, name) or getattr(config, name) != value)
+            ):
+                raise InvalidInputError(
+                    f"{name}={value} differs from the model's config and cannot be set per call while pruning; "
+                    f"set model.config.{name}"
+                )
+    if not any(kinds):
         return
     if ids is None:
         raise InvalidInputError(
@@ -553,17 +705,6 @@ def _check_inputs(adapter: ModelAdapter, config: Any, inputs: Mapping[str, Any],
             f"attention_mask has {mask.ndim} dimensions, but a prompt can be shortened only with the 2-D mask (rows x "
             "columns) that the processor makes"
         )
-    for name in adapter.image_inputs[1:]:
-        value = inputs.get(name)
-        if (
-            name not in adapter.image_details
-            and value is not None
-            and (not hasattr(config, name) or getattr(config, name) != value)
-        ):
-            raise InvalidInputError(
-                f"{name}={value} differs from the model's config and cannot be set per call while pruning; "
-                f"set model.config.{name}"
-            )
 
 
 def _special_ids(model: Any, processor: Any) -> Int[Tensor, " s"]:

@@ -68,8 +68,7 @@ def encode_images(
         UnsupportedModelError: see `get_adapter`.
     """
     adapter = get_adapter(model)
-    layouts = adapter.layouts({**details, adapter.image_inputs[0]: pixel_values})
-    return encode(adapter, pixel_values, pruners, layouts=layouts)
+    return encode(adapter, {**details, adapter.image_inputs[0]: pixel_values}, pruners)
 
 
 def prune_inputs(
@@ -80,6 +79,7 @@ def prune_inputs(
     processor: Any = None,
     text: str | Sequence[str] | None = None,
     encoded: EncodedImages | None = None,
+    keep_markers: bool = False,
 ) -> ShortInputs:
     """Inputs in, shorter inputs out; the model is left alone.
 
@@ -99,6 +99,8 @@ def prune_inputs(
             `processor`.
         encoded: images from `encode_images`, one per image of the prompt; `pixel_values` are then not needed. If its
             tokens carry a `text`, text-aware pruners read that.
+        keep_markers: keep what marks rows and tiles of an image in the prompt, such as Pixtral's `[IMG_BREAK]`; it goes
+            with the tokens that it marks otherwise.
 
     Raises:
         InvalidInputError: images and placeholders do not match, NaN or inf features, inputs that cannot be shortened.
@@ -107,12 +109,14 @@ def prune_inputs(
     """
     train = model.training or inputs.get("labels") is not None
     with torch.set_grad_enabled(torch.is_grad_enabled() and train):
-        short = shorten(model, inputs, pruner, processor=processor, text=text, encoded=encoded)
+        short = shorten(
+            model, inputs, pruner, processor=processor, text=text, encoded=encoded, keep_markers=keep_markers
+        )
     _warn_if_idle(short.record)
     return short
 
 
-def prune(model: PreTrainedModel, pruner: Pruner, *, processor: Any = None) -> PruneHandle:
+def prune(model: PreTrainedModel, pruner: Pruner, *, processor: Any = None, keep_markers: bool = False) -> PruneHandle:
     """Prunes in every `model.generate(...)` and `model(...)` from now on; a context manager, or `remove()` it.
 
         with prune(model, pruner) as handle:
@@ -123,13 +127,14 @@ def prune(model: PreTrainedModel, pruner: Pruner, *, processor: Any = None) -> P
         model: a model with an adapter.
         pruner: which tokens to keep, and how many.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
+        keep_markers: as for `prune_inputs`.
 
     Raises:
         UnsupportedModelError: see `get_adapter`.
         InvalidInputError: the model has a handle already, or an encoder stage does not fit the encoder.
         MissingSignalError: the pruner requires a signal that the model does not give.
     """
-    return PruneHandle(model, pruner, processor=processor)
+    return PruneHandle(model, pruner, processor=processor, keep_markers=keep_markers)
 
 
 def get_handle(model: PreTrainedModel) -> PruneHandle | None:
@@ -150,7 +155,9 @@ class PruneHandle:
         last: record of the latest call with images, by whatever thread; None before the first one.
     """
 
-    def __init__(self, model: PreTrainedModel, pruner: Pruner, *, processor: Any = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pruner: Pruner, *, processor: Any = None, keep_markers: bool = False
+    ) -> None:
         attached = get_handle(model)
         if attached is not None:
             raise InvalidInputError(
@@ -164,8 +171,10 @@ class PruneHandle:
         self.model: Any = model
         self.pruner = pruner
         self.processor = processor
+        self.keep_markers = keep_markers
         self.last: PruneRecord | None = None
-        self._pixels, self._unpruned = adapter.image_inputs[0], adapter.unpruned_inputs
+        videos = (adapter.video.image_inputs[0],) if adapter.video else ()
+        self._visual = (adapter.image_inputs[0], *videos, *adapter.unpruned_inputs)
         self._prompts: WeakKeyDictionary[Any, CachedPrompt] = WeakKeyDictionary()
         self._previous = model.__dict__.get("generate")
         # Bound methods: deepcopy of a model binds them to the copy, where a closure would keep calling the original.
@@ -213,8 +222,7 @@ class PruneHandle:
 
     def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _by_name(type(model).forward, model, args, kwargs) if args else kwargs
-        visual = (self._pixels, *self._unpruned)
-        if all(call.get(name) is None for name in visual) and (
+        if all(call.get(name) is None for name in self._visual) and (
             torch.compiler.is_compiling() or not self._is_long_step(call)
         ):
             return None
@@ -241,7 +249,13 @@ class PruneHandle:
         cache = call.get("past_key_values")
         cached = None if cache is None else self._prompts.get(cache)
         short = shorten(
-            self.model, call, self.pruner, processor=self.processor, cached=cached, whole_prompt=whole_prompt
+            self.model,
+            call,
+            self.pruner,
+            processor=self.processor,
+            keep_markers=self.keep_markers,
+            cached=cached,
+            whole_prompt=whole_prompt,
         )
         self.last = short.record or self.last
         return short

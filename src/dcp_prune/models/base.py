@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,9 @@ from torch import Tensor
 from dcp_prune.errors import InvalidInputError, MissingSignalError, UnsupportedModelError
 from dcp_prune.models.layout import ImageLayout, tile_rows
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 _ADAPTERS = {
     "LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter",
@@ -51,6 +54,8 @@ class EncodedImages:
         stages: the in-encoder reductions that were applied, to each tile by itself.
         stage_stats: what each stage reported, in the same order, with a row per tile.
         stage_tokens: tokens per tile that the layers behind each stage computed, padding included, in the same order.
+        deepstack: features that the language model adds to visual tokens behind its first layers, one tensor a layer,
+            for each original token; empty for most models. `b N d`.
     """
 
     tokens: VisualTokens
@@ -58,6 +63,7 @@ class EncodedImages:
     stages: tuple[Reduction, ...] = ()
     stage_stats: tuple[Mapping[str, Tensor], ...] = ()
     stage_tokens: tuple[int, ...] = ()
+    deepstack: tuple[Float[Tensor, "b N d"], ...] = ()
 
     def select(self, images: Sequence[int] | Int[Tensor, " i"]) -> EncodedImages:
         """The images at these positions, in this order; repeat a position to ask several questions about one image."""
@@ -74,6 +80,7 @@ class EncodedImages:
                 tile_lengths=None if lengths is None else tuple(lengths[image] for image in chosen),
             ),
             layouts=tuple(self.layouts[image] for image in chosen) if self.layouts else (),
+            deepstack=tuple(features[index] for features in self.deepstack),
             stage_stats=tuple(
                 {name: value[tiles] if value.ndim else value for name, value in stats.items()}
                 for stats in self.stage_stats
@@ -82,7 +89,10 @@ class EncodedImages:
 
 
 class ModelAdapter(ABC):
-    """All that an integration has to know about one architecture; stateless, built anew for every call.
+    """All that an integration has to know about the images of one architecture; stateless, built anew for every call.
+
+    The videos of a model, where it has any, are the matter of an adapter of their own, `video`: to it a video is an
+    image, and a frame is a tile.
 
     Raises (at construction):
         UnsupportedModelError: the model is of the right class but set up in a way that the adapter cannot prune.
@@ -90,10 +100,14 @@ class ModelAdapter(ABC):
 
     architecture: ClassVar[str]
     """Name of the model's class."""
+    modality: ClassVar[Literal["image", "video"]] = "image"
+    """What the model calls the things that this adapter encodes."""
     prunes_in_encoder: ClassVar[bool]
     """Whether tokens can be dropped between the layers of the encoder."""
     signals: ClassVar[frozenset[Signal]]
     """What the encoder can be asked for."""
+    why_not_in_encoder: ClassVar[str] = ""
+    """What stands in the way, as a clause, where there is more to say."""
     saliency: ClassVar[str]
     """Whose attention `Signal.CLS_ATTENTION` is: `[CLS]`, or `all tokens` where there is none."""
     cuts_tiles: ClassVar[bool] = False
@@ -106,11 +120,19 @@ class ModelAdapter(ABC):
     """Those of `image_inputs` that `layouts` reads beside the pixels; the others must agree with the model's config."""
     unpruned_inputs: ClassVar[tuple[str, ...]] = ()
     """Model inputs that hold visual tokens which nothing here prunes, such as videos; they are refused."""
+    markers: ClassVar[bool] = False
+    """Whether what stands in the prompt between the placeholders of one image only marks its rows or tiles, so that it
+    can go with them."""
     first_position: ClassVar[int] = 0
     """Where the position ids begin that this model's `forward` makes; those of `generate` begin at 0."""
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
+
+    @property
+    def video(self) -> ModelAdapter | None:
+        """What prunes the videos of the same model; None if nothing does."""
+        return None
 
     @property
     @abstractmethod
@@ -123,16 +145,30 @@ class ModelAdapter(ABC):
         """Encoder layers up to and including the one whose output becomes the features."""
 
     @abstractmethod
-    def grid(self, pixel_values: Float[Tensor, "i c y x"] | None = None) -> tuple[int, int]:
-        """(rows, cols) of patches of such tiles; without tiles, of those that the model was built for."""
+    def grid(self, pixel_values: Tensor | None = None) -> tuple[int, int]:
+        """(rows, cols) of patches of such tiles; without tiles, of those that the model was built for, or of a usual
+        image where it takes any size."""
 
     @abstractmethod
     def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
         """Where the tokens of each image lie, from the pixels and `image_details`; no value is computed.
 
+        Args:
+            images: model inputs. Adapters whose pixels do not say which tiles make up an image read that from the
+                prompt, `input_ids`; without a prompt, each tile is then an image.
+
         Raises:
             InvalidInputError: a detail is missing or does not fit the pixels.
         """
+
+    def take(self, images: Mapping[str, Any], layouts: Sequence[ImageLayout], which: Sequence[int]) -> dict[str, Any]:
+        """The pixels and details of some of the images."""
+        index = list(which)
+        found = {name: images[name] for name in (self.image_inputs[0], *self.image_details) if name in images}
+        return {
+            name: value[index] if isinstance(value, Tensor) and value.shape[:1] == (len(layouts),) else value
+            for name, value in found.items()
+        }
 
     @property
     def separator(self) -> Float[Tensor, " d"] | None:
@@ -157,8 +193,14 @@ class ModelAdapter(ABC):
         """The stages in the order of their layers.
 
         Raises:
-            InvalidInputError: a stage sits at or past the feature layer, or two stages share a layer.
+            InvalidInputError: a stage sits at or past the feature layer, two stages share a layer, or tokens cannot be
+                dropped inside this encoder.
         """
+        if stages and not self.prunes_in_encoder:
+            raise InvalidInputError(
+                f"{self.architecture} cannot drop visual tokens inside its encoder{self.why_not_in_encoder}; "
+                "use a pruner without such stages"
+            )
         layers = sorted(stage.layer for stage in stages)
         if len(set(layers)) < len(layers):
             raise InvalidInputError(f"two encoder stages share a layer in {layers}; give each stage its own layer")
@@ -174,7 +216,7 @@ class ModelAdapter(ABC):
     @abstractmethod
     def encode(
         self,
-        pixel_values: Float[Tensor, "i c y x"],
+        images: Mapping[str, Any],
         stages: Sequence[Reduction] = (),
         signals: AbstractSet[Signal] = frozenset(),
         lap: Callable[[str], None] = lambda name: None,
@@ -185,7 +227,7 @@ class ModelAdapter(ABC):
         Without stages, the features are bit-equal to those that the model itself would compute.
 
         Args:
-            pixel_values: preprocessed images.
+            images: model inputs with the pixels of preprocessed images and their details.
             stages: in-encoder reductions, of each tile by itself.
             signals: what to capture at the feature layer.
             lap: told `encode` at the end of each stretch of encoding, `select` of capturing and reducing.
@@ -196,10 +238,16 @@ class ModelAdapter(ABC):
         """
 
     @abstractmethod
-    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
-        """Model inputs that stand in for `image_inputs`: each image's features as the model's `forward` takes them.
+    def hand_over(
+        self, features: Iterable[Float[Tensor, "k d"]], deepstack: Sequence[Iterable[Float[Tensor, "k d"]]] = ()
+    ) -> ModelOutput:
+        """Each image's features in the form in which the model's `forward` takes `mm_encoder_outputs` of `modality`.
 
         Built anew on every call, since `generate` rewrites them in place for beams.
+
+        Args:
+            features: of the tokens that are left, image by image.
+            deepstack: of the same tokens, for each layer of `EncodedImages.deepstack`.
         """
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from dcp_prune.tokens import VisualTokens
+from dcp_prune.functional.similarity import gather_tokens
+from dcp_prune.tokens import EncoderTokens, VisualTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,17 +24,18 @@ class ImageLayout:
     Attributes:
         source: patch of each placeholder, counted through the tiles one after the other, each in raster order; -1 for a
             separator, such as the newline behind a row of patches. `N`.
-        positions: (row, col) in units of the finest patches, of which an overview tile's are many. `N 2`.
+        positions: (row, col) in units of the finest patches, of which an overview tile's are many; of a video (row,
+            col, time). `N p`.
         boxes: top, left, bottom and right edge of the patch as shares of the picture that the model saw; a separator
             has no area. `N 4`.
-        num_tiles: images that the encoder sees of this one.
+        num_tiles: images that the encoder sees of this one; frames of a video.
         grid: (rows, cols) of patches of a tile.
         picture: height and width of the picture in pixels, where the model scales the raster of its patches down behind
             the encoder; `source` then names the patch in the middle of each token. None where tokens are patches.
     """
 
     source: Int[Tensor, " N"]
-    positions: Float[Tensor, "N 2"]
+    positions: Float[Tensor, "N p"]
     boxes: Float[Tensor, "N 4"]
     num_tiles: int
     grid: tuple[int, int]
@@ -66,6 +71,20 @@ def plain_layout(rows: int, cols: int) -> ImageLayout:
     return ImageLayout(torch.arange(n), positions, boxes, 1, (rows, cols))
 
 
+def frames_layout(frames: int, rows: int, cols: int, *, step: float = 1.0) -> ImageLayout:
+    """A video: its frames one after the other, each in raster order, without separators.
+
+    Args:
+        frames: at least one.
+        rows, cols: patches of a frame.
+        step: patches that a token would have to move to be as far away as the same place in the next frame (ours).
+    """
+    frame = plain_layout(rows, cols)
+    time = torch.arange(frames).repeat_interleave(rows * cols).unsqueeze(1) * step
+    positions = torch.cat((frame.positions.repeat(frames, 1), time), dim=1)
+    return ImageLayout(torch.arange(frames * rows * cols), positions, frame.boxes.repeat(frames, 1), frames, frame.grid)
+
+
 def tiled_layout(source: Int[Tensor, " N"], rows: int, cols: int, grid: tuple[int, int], num_tiles: int) -> ImageLayout:
     """An overview tile, then the patches of the other tiles as one raster of rows x cols with a separator behind each
     row; or the overview alone with a separator behind it.
@@ -99,6 +118,46 @@ def tile_rows(layouts: Sequence[ImageLayout], images: Sequence[int]) -> list[int
     return [row for image in images for row in range(ends[image], ends[image + 1])]
 
 
+def pad_images(
+    features: Sequence[Float[Tensor, "n d"]],
+    layouts: Sequence[ImageLayout],
+    signals: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
+) -> VisualTokens:
+    """One row per image, padded to the longest, `b n d`, where all tokens of an image leave the projector together.
+
+    Args:
+        features: behind the projector, one tensor an image, in the order of its placeholders.
+        layouts: of the same images, without separators.
+        signals: fields of `EncoderTokens` by name (`features`, `cls_attention`, ...), one tensor an image, `n ...`.
+    """
+    device, lengths = features[0].device, [len(layout) for layout in layouts]
+    longest = max(lengths)
+
+    def pad(rows: Sequence[Tensor]) -> Tensor:
+        return pad_sequence([row.to(device) for row in rows], batch_first=True)
+
+    order = torch.arange(longest, device=device).expand(len(lengths), -1)
+    mask = order < torch.tensor(lengths, device=device).unsqueeze(1)
+    positions = pad([layout.positions for layout in layouts])
+    found: dict[str, Any] = {name: pad(rows) for name, rows in signals.items()}
+    encoder = None
+    if found:
+        found.setdefault("features", pad(features))
+        encoder = EncoderTokens(**found, positions=positions, indices=order, mask=mask)
+    plain = all(layout.num_tiles == 1 for layout in layouts) and min(lengths) == longest
+    return VisualTokens(
+        features=pad(features),
+        mask=mask,
+        positions=positions,
+        indices=order,
+        num_original=longest,
+        assignment=order.masked_fill(~mask, -1),
+        encoder=encoder,
+        tiles=None if plain else pad([layout.source // layout.tile_size for layout in layouts]),
+        tile_lengths=None if plain else tuple(layout.tile_lengths for layout in layouts),
+    )
+
+
 def join_images(tokens: VisualTokens, layouts: Sequence[ImageLayout]) -> VisualTokens:
     """Tokens of stacked tiles, `t n d`, as one row per image, `b m d`, in the order of the prompt.
 
@@ -117,7 +176,7 @@ def join_images(tokens: VisualTokens, layouts: Sequence[ImageLayout]) -> VisualT
     exists = torch.arange(most) < torch.tensor([each.num_tiles for each in layouts]).unsqueeze(1)
     rows = ((first.unsqueeze(1) + torch.arange(most)) * exists).to(device)  # b most
     source = torch.full((b, longest), -1)
-    positions = torch.zeros(b, longest, 2)
+    positions = torch.zeros(b, longest, layouts[0].positions.shape[1])
     for row, layout in enumerate(layouts):
         source[row, : len(layout)] = layout.source
         positions[row, : len(layout)] = layout.positions
@@ -135,7 +194,7 @@ def join_images(tokens: VisualTokens, layouts: Sequence[ImageLayout]) -> VisualT
     indices = placed.gather(1, order[:, :width])
     mask = indices < longest
     indices = indices.clamp(max=longest - 1)
-    positions = positions.gather(1, indices.unsqueeze(-1).expand(-1, -1, 2))
+    positions = gather_tokens(positions, indices)
 
     slot = tokens.assignment[rows].flatten(1).gather(1, source.clamp(min=0))
     slot = slot.masked_fill(source < 0, -1)

@@ -90,15 +90,16 @@ class LlavaAdapter(ModelAdapter):
 
     def encode(
         self,
-        pixel_values: Float[Tensor, "i c y x"],
+        images: Mapping[str, Any],
         stages: Sequence[Reduction] = (),
         signals: AbstractSet[Signal] = frozenset(),
         lap: Callable[[str], None] = lambda name: None,
         layouts: Sequence[ImageLayout] | None = None,
     ) -> EncodedImages:
         if layouts is None:
-            layouts = self.layouts({self.image_inputs[0]: pixel_values})
-        walk = self.tower.walk(self.stack_tiles(pixel_values, layouts), self.check_stages(stages), signals, lap)
+            layouts = self.layouts(images)
+        pixels = self.stack_tiles(images[self.image_inputs[0]], layouts)
+        walk = self.tower.walk(pixels, self.check_stages(stages), signals, lap)
         features = self.model.model.multi_modal_projector(walk.encoder.features)
         return self.finish(walk.encoded(features, layouts, with_encoder=bool(signals)), features)
 
@@ -110,5 +111,7 @@ class LlavaAdapter(ModelAdapter):
         """All tiles of all images, without those that only pad a batch."""
         return pixel_values
 
-    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))}}  # type: ignore[arg-type]
+    def hand_over(
+        self, features: Iterable[Float[Tensor, "k d"]], deepstack: Sequence[Iterable[Float[Tensor, "k d"]]] = ()
+    ) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
 
     def encode(
         self,
-        pixel_values: Float[Tensor, "i t c y x"],
+        images: Mapping[str, Any],
         stages: Sequence[Reduction] = (),
         signals: AbstractSet[Signal] = frozenset(),
         lap: Callable[[str], None] = lambda name: None,
@@ -82,7 +82,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
                 "model scales its features down behind the encoder, and stages inside the encoder leave no raster to "
                 "scale; use a pruner without such stages, or a smaller image"
             )
-        return super().encode(pixel_values, stages, signals, lap, layouts)
+        return super().encode(images, stages, signals, lap, layouts)
 
     def finish(self, encoded: EncodedImages, features: Float[Tensor, "t n d"]) -> EncodedImages:
         layouts = encoded.layouts

@@ -53,18 +53,19 @@ class PaliGemmaAdapter(ModelAdapter):
 
     def encode(
         self,
-        pixel_values: Float[Tensor, "i c y x"],
+        images: Mapping[str, Any],
         stages: Sequence[Reduction] = (),
         signals: AbstractSet[Signal] = frozenset(),
         lap: Callable[[str], None] = lambda name: None,
         layouts: Sequence[ImageLayout] | None = None,
     ) -> EncodedImages:
         if layouts is None:
-            layouts = self.layouts({"pixel_values": pixel_values})
-        walk = self.tower.walk(pixel_values, self.check_stages(stages), signals, lap)
+            layouts = self.layouts(images)
+        walk = self.tower.walk(images["pixel_values"], self.check_stages(stages), signals, lap)
         features = self.model.model.multi_modal_projector(self.tower.module.post_layernorm(walk.encoder.features))
         return walk.encoded(features, layouts, with_encoder=bool(signals))
 
-    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
-        made = BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
-        return {"mm_encoder_outputs": {"image": made}}
+    def hand_over(
+        self, features: Iterable[Float[Tensor, "k d"]], deepstack: Sequence[Iterable[Float[Tensor, "k d"]]] = ()
+    ) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,6 +20,7 @@ class VideoLlavaAdapter(LlavaAdapter):
     image_inputs = ("pixel_values_images", "vision_feature_layer", "vision_feature_select_strategy")
     unpruned_inputs = ("pixel_values_videos",)
 
-    def hand_over(self, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
-        made = BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
-        return {"mm_encoder_outputs": {"image": made}}
+    def hand_over(
+        self, features: Iterable[Float[Tensor, "k d"]], deepstack: Sequence[Iterable[Float[Tensor, "k d"]]] = ()
+    ) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
