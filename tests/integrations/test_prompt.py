@@ -9,14 +9,12 @@ from torch import Tensor
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.prompt import (
     compact_positions,
-    find_question,
     locate_images,
     surviving_columns,
     take_columns,
 )
 
 PAD, BOS, IMAGE = 0, 1, 4
-SPECIAL = torch.tensor([PAD, BOS, IMAGE])
 
 
 def ids(*rows: list[int]) -> Tensor:
@@ -62,23 +60,6 @@ def test_images_of_different_lengths_keep_what_each_keeps() -> None:
     rows, places = locate_images(batch, IMAGE, [1, 3, 2])
     columns = surviving_columns(None, batch, rows, places, torch.tensor([[0, -1], [0, 2], [1, -1]]))
     assert columns.tolist() == [[0, 1, 2, 4, 5], [1, 2, 3, 4, 5]]
-
-
-def test_the_question_is_what_follows_the_last_image_without_special_tokens_and_padding() -> None:
-    prompt = ids([0, 1, 7, 4, 8, 4, 9, 9], [1, 4, 4, 8, 9, 5, 0, 0])
-    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]]).bool()
-    question = find_question(prompt, mask, [IMAGE], SPECIAL)
-    assert [prompt[row][question[row]].tolist() for row in range(2)] == [[9, 9], [8, 9, 5]]
-
-
-def test_masked_words_are_no_question_even_if_their_id_is_a_word() -> None:
-    question = find_question(ids([4, 9, 8]), torch.tensor([[True, True, False]]), [IMAGE], SPECIAL)
-    assert question.tolist() == [[False, True, False]]
-
-
-def test_a_prompt_that_ends_with_the_image_asks_with_all_its_words() -> None:
-    question = find_question(ids([1, 8, 9, 4, 4, 0]), None, [IMAGE], SPECIAL)
-    assert question.tolist() == [[False, True, True, False, False, False]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -70,27 +70,6 @@ def images_per_row(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
     return [after - before for before, after in pairwise(places)]
 
 
-def find_question(
-    ids: Int[Tensor, "b l"],
-    mask: Bool[Tensor, "b l"] | None,
-    image_tokens: Sequence[int],
-    special_ids: Int[Tensor, " s"],
-) -> Bool[Tensor, "b l"]:
-    """The words that ask about the images: no placeholder, padding or special token, and behind the last placeholder.
-
-    A row where nothing follows the image (text first, image last) gives all its words.
-    """
-    length = ids.shape[1]
-    placeholders = torch.isin(ids, torch.tensor(image_tokens, dtype=ids.dtype, device=ids.device))
-    words = ~placeholders & ~torch.isin(ids, special_ids)
-    if mask is not None:
-        words = words & mask
-    columns = torch.arange(length, device=ids.device)
-    last = torch.where(placeholders, columns, -1).amax(dim=1, keepdim=True)
-    behind = words & (columns > last)
-    return torch.where(behind.any(dim=1, keepdim=True), behind, words)
-
-
 def surviving_columns(
     mask: Bool[Tensor, "b l"] | None,
     ids: Int[Tensor, "b l"],

@@ -18,12 +18,12 @@ from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.similarity import gather_tokens
 from dcp_prune.integrations.prompt import (
     compact_positions,
-    find_question,
     images_per_row,
     locate_images,
     surviving_columns,
     take_columns,
 )
+from dcp_prune.integrations.question import Question
 from dcp_prune.integrations.stopwatch import Stopwatch
 from dcp_prune.models import EncodedImages, ImageLayout, ModelAdapter, get_adapter, plain_layout
 from dcp_prune.pruners.base import Pruner
@@ -331,8 +331,7 @@ def shorten(
     inputs: Mapping[str, Any],
     pruner: Pruner,
     *,
-    processor: Any = None,
-    text: str | Sequence[str] | None = None,
+    question: Question = Question(),  # noqa: B008
     encoded: EncodedImages | None = None,
     keep_markers: bool = False,
     cached: CachedPrompt | None = None,
@@ -341,7 +340,8 @@ def shorten(
     """`prune_inputs` for a conversation that may have begun.
 
     Args:
-        model, inputs, pruner, processor, text, encoded, keep_markers: as for `prune_inputs`.
+        model, inputs, pruner, encoded, keep_markers: as for `prune_inputs`.
+        question: how the question about each image is found.
         cached: what is known of the prompt in the cache.
         whole_prompt: `input_ids` repeat the conversation that is in the cache, as `generate` wants it, unless the mask
             is longer than they are.
@@ -376,10 +376,14 @@ def shorten(
             modalities = [each.adapter.modality for each in kinds for _ in each.layouts]
             record = PruneRecord.idle(pruner, modalities, layouts, width, rows, ids.shape[0], watch)
             return replace(unchanged, record=record)
-        words = _Words(model, inputs, [each.adapter.image_token_id for each in kinds], processor, text)
+        tokens = [each.adapter.image_token_id for each in kinds]
+
+        def ask(rows: Tensor, places: Tensor, device: torch.device) -> dict[str, Tensor | None]:
+            return question.embed(model, ids, mask, rows, places + turn.start, tokens, device)
+
         pruned = [
-            _prune(each, pruner, words, *places, kept, watch)
-            for each, places, kept in zip(kinds, found, whole, strict=True)
+            _prune(each, pruner, ask, *where, kept, watch)
+            for each, where, kept in zip(kinds, found, whole, strict=True)
         ]
         short = _join(short, pruner, pruned, watch)
         assert short.record is not None
@@ -400,7 +404,7 @@ def shorten(
 def _prune(
     images: _Images,
     pruner: Pruner,
-    words: _Words,
+    ask: Callable[[Tensor, Tensor, torch.device], dict[str, Tensor | None]],
     rows: Int[Tensor, " i"],
     places: Int[Tensor, "i n"],
     whole: list[bool],
@@ -411,7 +415,7 @@ def _prune(
     watch.lap("encode")
     tokens = coded.tokens
     if Signal.TEXT in pruner.requires | pruner.optional and tokens.text is None:
-        tokens = replace(tokens, **words.embed(rows, tokens.features.device))
+        tokens = replace(tokens, **ask(rows, places, tokens.features.device))
     pruned = pruner(tokens)
     separator = images.adapter.separator
     if any(whole) and separator is not None:
@@ -546,73 +550,6 @@ def _every_token(lengths: Sequence[int], device: torch.device, width: int | None
     return count.masked_fill(count >= torch.tensor(lengths, device=device).unsqueeze(1), -1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Words:
-    """The question of each row of a prompt; looked for once a pruner asks."""
-
-    model: Any
-    inputs: Mapping[str, Any]
-    placeholders: Sequence[int]
-    processor: Any
-    text: str | Sequence[str] | None
-
-    def embed(self, rows: Int[Tensor, " i"], device: torch.device) -> dict[str, Tensor | None]:
-        """`text` and `text_mask` of `VisualTokens`, for images in these rows."""
-        ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
-        question = _question(self.model, ids, mask, self.placeholders, self.processor, self.text)
-        return _embed(self.model, question, rows, device)
-
-
-def _question(
-    model: Any,
-    ids: Int[Tensor, "b l"],
-    mask: Tensor | None,
-    placeholders: Sequence[int],
-    processor: Any,
-    text: str | Sequence[str] | None,
-) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
-    """Ids of each row's question, and which of them are words: from `text`, or found in the prompt."""
-    special = _special_ids(model, processor).to(ids.device)
-    if text is None:
-        mask = None if mask is None else mask[:, mask.shape[1] - ids.shape[1] :].bool()
-        return ids, find_question(ids, mask, placeholders, special)
-    texts = [text] * ids.shape[0] if isinstance(text, str) else list(text)
-    if processor is None or len(texts) != ids.shape[0]:
-        raise InvalidInputError(
-            f"text needs the processor and one question per prompt, but got {len(texts)} question(s) for "
-            f"{ids.shape[0]} prompt(s) and {'no' if processor is None else 'a'} processor"
-        )
-    lines = [torch.tensor(processor.tokenizer(line, add_special_tokens=False)["input_ids"]).long() for line in texts]
-    padded = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1).to(ids)
-    return padded.clamp(min=0), (padded >= 0) & ~torch.isin(padded, special)
-
-
-def _embed(
-    model: Any, question: tuple[Int[Tensor, "b l"], Bool[Tensor, "b l"]], rows: Int[Tensor, " i"], device: torch.device
-) -> dict[str, Tensor | None]:
-    """`text` and `text_mask` of `VisualTokens`: the words of each image's row, packed and embedded; None if none."""
-    ids, words = (each[rows] for each in question)
-    longest = int(words.sum(dim=1).max().item())
-    if longest == 0:
-        return {"text": None, "text_mask": None}
-    order = torch.argsort(words.int(), dim=1, stable=True, descending=True)[:, :longest]
-    text = model.get_input_embeddings()(ids.gather(1, order))
-    return {"text": text.to(device), "text_mask": words.gather(1, order).to(device)}
-
-
-def embed_question(
-    model: Any, processor: Any, texts: Sequence[str]
-) -> tuple[Float[Tensor, "q t d"] | None, Bool[Tensor, "q t"] | None]:
-    """`VisualTokens.text` and `text_mask` for these questions, one a row; None if none of them holds a word.
-
-    Hand them on in `EncodedImages.tokens` to let a pruner read something else than the prompt's question.
-    """
-    ids = torch.zeros(len(texts), 0, dtype=torch.long, device=model.device)
-    words = _question(model, ids, None, (), processor, texts)
-    made = _embed(model, words, torch.arange(len(texts), device=model.device), model.device)
-    return made["text"], made["text_mask"]
-
-
 def encoder_stages(model: Any, pixels: Float[Tensor, "i c y x"], pruner: Pruner) -> tuple[Any, ...]:
     """What this pruner drops inside this model's encoder; pruners with equal stages can share a pass.
 
@@ -705,18 +642,6 @@ def _check_inputs(config: Any, inputs: Mapping[str, Any], kinds: Sequence[_Image
             f"attention_mask has {mask.ndim} dimensions, but a prompt can be shortened only with the 2-D mask (rows x "
             "columns) that the processor makes"
         )
-
-
-def _special_ids(model: Any, processor: Any) -> Int[Tensor, " s"]:
-    """Ids that are no words: of the configs, and of the tokenizer where a processor was given."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id")
-    configs = (model.config, model.config.get_text_config(), model.generation_config)
-    found: set[int] = set() if processor is None else set(processor.tokenizer.all_special_ids)
-    for config in configs:
-        for name in names:
-            value = getattr(config, name, None)
-            found.update([] if value is None else value if isinstance(value, list | tuple) else [value])
-    return torch.tensor(sorted(found), dtype=torch.long)
 
 
 def _pad_id(model: Any) -> int:

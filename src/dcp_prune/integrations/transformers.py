@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -20,11 +20,11 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.generation import for_short_prompt
+from dcp_prune.integrations.question import FindWords, Question, Text, TextScope, embed_question
 from dcp_prune.integrations.shortening import (
     CachedPrompt,
     PruneRecord,
     ShortInputs,
-    embed_question,
     encode,
     encoder_stages,
     image_features_as_inputs,
@@ -38,6 +38,7 @@ __all__ = [
     "PruneHandle",
     "PruneRecord",
     "ShortInputs",
+    "TextScope",
     "embed_question",
     "encode_images",
     "encoder_stages",
@@ -77,7 +78,8 @@ def prune_inputs(
     pruner: Pruner,
     *,
     processor: Any = None,
-    text: str | Sequence[str] | None = None,
+    text: Text | None = None,
+    text_scope: TextScope | FindWords = "after_image",
     encoded: EncodedImages | None = None,
     keep_markers: bool = False,
 ) -> ShortInputs:
@@ -95,8 +97,11 @@ def prune_inputs(
             shape of `input_ids` (labels, token types) are shortened along.
         pruner: which tokens to keep, and how many.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
-        text: the question of each row, for text-aware pruners, instead of the words behind the last image; needs
-            `processor`.
+        text: what text-aware pruners read instead of the prompt: one question for all, one per prompt, or a list with
+            one for each image of a prompt; needs `processor`.
+        text_scope: which words of the prompt ask about an image: those behind the prompt's last image (`after_image`),
+            those up to the next image (`own`), the last turn of the user (`last_turn`, needs `processor`), `all`, or
+            a function of `input_ids` and their mask that says which are read, `b l` -> `b l`.
         encoded: images from `encode_images`, one per image of the prompt; `pixel_values` are then not needed. If its
             tokens carry a `text`, text-aware pruners read that.
         keep_markers: keep what marks rows and tiles of an image in the prompt, such as Pixtral's `[IMG_BREAK]`; it goes
@@ -109,14 +114,20 @@ def prune_inputs(
     """
     train = model.training or inputs.get("labels") is not None
     with torch.set_grad_enabled(torch.is_grad_enabled() and train):
-        short = shorten(
-            model, inputs, pruner, processor=processor, text=text, encoded=encoded, keep_markers=keep_markers
-        )
+        question = Question(text_scope, text, processor)
+        short = shorten(model, inputs, pruner, question=question, encoded=encoded, keep_markers=keep_markers)
     _warn_if_idle(short.record)
     return short
 
 
-def prune(model: PreTrainedModel, pruner: Pruner, *, processor: Any = None, keep_markers: bool = False) -> PruneHandle:
+def prune(
+    model: PreTrainedModel,
+    pruner: Pruner,
+    *,
+    processor: Any = None,
+    text_scope: TextScope | FindWords = "after_image",
+    keep_markers: bool = False,
+) -> PruneHandle:
     """Prunes in every `model.generate(...)` and `model(...)` from now on; a context manager, or `remove()` it.
 
         with prune(model, pruner) as handle:
@@ -127,14 +138,14 @@ def prune(model: PreTrainedModel, pruner: Pruner, *, processor: Any = None, keep
         model: a model with an adapter.
         pruner: which tokens to keep, and how many.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
-        keep_markers: as for `prune_inputs`.
+        text_scope, keep_markers: as for `prune_inputs`.
 
     Raises:
         UnsupportedModelError: see `get_adapter`.
         InvalidInputError: the model has a handle already, or an encoder stage does not fit the encoder.
         MissingSignalError: the pruner requires a signal that the model does not give.
     """
-    return PruneHandle(model, pruner, processor=processor, keep_markers=keep_markers)
+    return PruneHandle(model, pruner, processor=processor, text_scope=text_scope, keep_markers=keep_markers)
 
 
 def get_handle(model: PreTrainedModel) -> PruneHandle | None:
@@ -151,12 +162,20 @@ class PruneHandle:
     as `model.model(...)`, are not touched.
 
     Attributes:
-        model, pruner, processor: as given to `prune`.
+        model, pruner, processor, text_scope, keep_markers: as given to `prune`.
+        text: what text-aware pruners read instead of the prompt, in every call until it is None again; see
+            `prune_inputs`.
         last: record of the latest call with images, by whatever thread; None before the first one.
     """
 
     def __init__(
-        self, model: PreTrainedModel, pruner: Pruner, *, processor: Any = None, keep_markers: bool = False
+        self,
+        model: PreTrainedModel,
+        pruner: Pruner,
+        *,
+        processor: Any = None,
+        text_scope: TextScope | FindWords = "after_image",
+        keep_markers: bool = False,
     ) -> None:
         attached = get_handle(model)
         if attached is not None:
@@ -171,6 +190,9 @@ class PruneHandle:
         self.model: Any = model
         self.pruner = pruner
         self.processor = processor
+        self.text: Text | None = None
+        self.text_scope: TextScope | FindWords = text_scope
+        Question(text_scope, processor=processor)  # refuses what cannot work before any call
         self.keep_markers = keep_markers
         self.last: PruneRecord | None = None
         videos = (adapter.video.image_inputs[0],) if adapter.video else ()
@@ -252,7 +274,7 @@ class PruneHandle:
             self.model,
             call,
             self.pruner,
-            processor=self.processor,
+            question=Question(self.text_scope, self.text, self.processor),
             keep_markers=self.keep_markers,
             cached=cached,
             whole_prompt=whole_prompt,
