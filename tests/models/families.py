@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,21 +15,29 @@ from transformers import (
     CLIPVisionConfig,
     GemmaConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    PixtralVisionConfig,
     SiglipVisionConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from dcp_prune.pruners.base import ScorePruner
+from dcp_prune.tokens import VisualTokens
 from tiny_llava import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, build_processor
 
 TILE, PATCH = 56, 14
@@ -42,6 +51,31 @@ def make_picture(seed: int, size: tuple[int, int]) -> Image.Image:
     blocks = torch.randint(0, 256, (5, 5, 3), generator=generator, dtype=torch.uint8)
     height, width = size
     return Image.fromarray(blocks.numpy()).resize((width, height), Image.Resampling.NEAREST)
+
+
+def make_spot(size: tuple[int, int], corner: tuple[float, float], extent: float) -> Image.Image:
+    """A plain picture with one square that differs; its corner and extent are shares of the picture's sides."""
+    height, width = size
+    pixels = torch.full((height, width, 3), 40, dtype=torch.uint8)
+    top, left = int(corner[0] * height), int(corner[1] * width)
+    pixels[top : int(top + extent * height), left : int(left + extent * width)] = torch.tensor([250, 30, 90]).byte()
+    return Image.fromarray(pixels.numpy())
+
+
+def share_of_spot(boxes: torch.Tensor, corner: tuple[float, float], extent: float) -> torch.Tensor:
+    """How much of each box, `n 4` in shares of the picture, lies in the square of `make_spot`."""
+    low = torch.tensor(corner)
+    sides = torch.minimum(boxes[:, 2:], low + extent) - torch.maximum(boxes[:, :2], low)
+    return sides.clamp(min=0).prod(dim=1) / (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OddOnesPruner(ScorePruner):
+    """Keeps what looks least like the rest."""
+
+    def score(self, tokens: VisualTokens) -> torch.Tensor:
+        middle = tokens.features.median(dim=1, keepdim=True).values
+        return (tokens.features - middle).norm(dim=2)
 
 
 def text_config() -> LlamaConfig:
@@ -164,15 +198,14 @@ def siglip_config(image_size: int = TILE) -> SiglipVisionConfig:
     )
 
 
-def expand_placeholders(prompts: Sequence[str], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Ids and mask, with as many placeholders for each image as the model has features."""
+def expand_placeholders(prompts: Sequence[str], spans: Sequence[int | list[int]]) -> dict[str, torch.Tensor]:
+    """Ids and mask, with as many placeholders for each image as the model has features, or with a span of ids."""
     tokenizer: Any = build_processor().tokenizer
-    remaining = iter(lengths)
+    remaining = iter([IMAGE_ID] * span if isinstance(span, int) else span for span in spans)
     rows = []
     for prompt in prompts:
         words = [
-            [IMAGE_ID] * next(remaining) if word == "<image>" else tokenizer.convert_tokens_to_ids([word])
-            for word in prompt.split()
+            next(remaining) if word == "<image>" else tokenizer.convert_tokens_to_ids([word]) for word in prompt.split()
         ]
         rows.append([BOS_ID, *(number for word in words for number in word)])
     width = max(map(len, rows))
@@ -280,6 +313,69 @@ class VideoLlava(Family):
         return ids | {"pixel_values_images": processor(list(pictures), return_tensors="pt")["pixel_values"]}
 
 
+class Pixtral(Family):
+    """Its processor needs torchvision: ids are made by hand."""
+
+    name = "pixtral"
+    staged = False
+    break_id, end_id = 60, 61
+    cell = 1
+
+    def build(self) -> Any:
+        config = LlavaConfig(
+            vision_config=pixtral_config(),
+            text_config=text_config(),
+            image_token_index=IMAGE_ID,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+        model = LlavaForConditionalGeneration(config)
+        sharpen(model.model.vision_tower)
+        return model
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        if not pictures:
+            return dict(expand_placeholders(prompts, []))
+        unit = PATCH * self.cell
+        processor = PixtralImageProcessorPil(size={"longest_edge": 168}, patch_size={"height": unit, "width": unit})
+        images = dict(processor(list(pictures), return_tensors="pt"))
+        spans = [self.span(height // unit, width // unit) for height, width in images["image_sizes"].tolist()]
+        return expand_placeholders(prompts, spans) | images
+
+    def span(self, rows: int, cols: int) -> list[int]:
+        """What the prompt holds of an image: a break behind each row of placeholders, the end behind the last."""
+        return [*([*[IMAGE_ID] * cols, self.break_id] * rows)[:-1], self.end_id]
+
+
+class Mistral3(Pixtral):
+    """Its processor needs torchvision: ids are made by hand."""
+
+    name = "mistral3"
+    cell = 2
+
+    def build(self) -> Any:
+        config = Mistral3Config(
+            vision_config=pixtral_config(),
+            text_config=text_config(),
+            image_token_index=IMAGE_ID,
+            vision_feature_layer=-1,
+        )
+        model = Mistral3ForConditionalGeneration(config)
+        sharpen(model.model.vision_tower)
+        return model
+
+
+def pixtral_config() -> PixtralVisionConfig:
+    return PixtralVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=112,
+        patch_size=PATCH,
+    )
+
+
 def sharpen(tower: Any) -> None:
     """Random SigLIP weights give pictures that hardly differ; these do."""
     for parameter in tower.parameters():
@@ -287,4 +383,12 @@ def sharpen(tower: Any) -> None:
             parameter.data.mul_(4.0)
 
 
-FAMILIES: tuple[Family, ...] = (LlavaNext(), LlavaOnevision(), ScaledOnevision(), PaliGemma(), VideoLlava())
+FAMILIES: tuple[Family, ...] = (
+    LlavaNext(),
+    LlavaOnevision(),
+    ScaledOnevision(),
+    PaliGemma(),
+    VideoLlava(),
+    Pixtral(),
+    Mistral3(),
+)

@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, SIZES, Family, make_picture
 from torch import Tensor
 
-from dcp_prune.errors import MissingSignalError
+from dcp_prune.errors import InvalidInputError, MissingSignalError
 from dcp_prune.integrations.transformers import ShortInputs, prune, prune_inputs
 from dcp_prune.models import get_adapter
 from dcp_prune.registry import list_pruners, make_pruner
@@ -167,7 +167,8 @@ def test_generate_with_a_handle_equals_generate_with_short_inputs_and_leaves_no_
 ) -> None:
     inputs = family.make_inputs(PROMPTS[1:2], pictures(1, 2))
     model = copy.deepcopy(family.model)
-    pruner = make_pruner("dcp_progressive", num_tokens=BUDGET)
+    staged = get_adapter(model).prunes_in_encoder
+    pruner = make_pruner("dcp_progressive" if staged else "dcp", num_tokens=BUDGET)
     short = prune_inputs(model, inputs, pruner)
     torch.manual_seed(0)
     expected = short.restore(model.generate(**short.inputs, max_new_tokens=4, **ways))
@@ -187,7 +188,16 @@ def test_generate_with_a_handle_equals_generate_with_short_inputs_and_leaves_no_
     assert torch.equal(again, family.model.generate(**inputs, max_new_tokens=4, **ways))
 
 
+def test_a_pruner_with_stages_is_refused_where_tokens_cannot_be_dropped_inside_the_encoder(
+    family: Family, inputs: dict[str, Any]
+) -> None:
+    if get_adapter(family.model).prunes_in_encoder:
+        pytest.skip("they can be dropped")
+    with pytest.raises(InvalidInputError, match=r"cannot drop visual tokens inside its encoder, .+; use a pruner"):
+        prune_inputs(family.model, inputs, make_pruner("dcp_progressive", num_tokens=BUDGET))
+
+
 def test_placeholders_that_do_not_fit_the_images_are_refused(family: Family, inputs: dict[str, Any]) -> None:
-    broken = inputs | {"input_ids": inputs["input_ids"][:, :-30], "attention_mask": inputs["attention_mask"][:, :-30]}
+    broken = inputs | {"input_ids": inputs["input_ids"][:, :-12], "attention_mask": inputs["attention_mask"][:, :-12]}
     with pytest.raises(ValueError, match="placeholders"):
         prune_inputs(family.model, broken, make_pruner("random", num_tokens=BUDGET))

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, Family, LlavaNext, make_picture
+from families import FAMILIES, Family, LlavaNext, OddOnesPruner, make_picture
 from PIL import Image
-from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.transformers import encode_images, prune, prune_inputs
 from dcp_prune.models import get_adapter
-from dcp_prune.pruners.base import ScorePruner
 from dcp_prune.registry import make_pruner
-from dcp_prune.tokens import VisualTokens
 
 TILED = [family for family in FAMILIES if family.separated]
 PLAIN = [family for family in TILED if family.staged]
 SCALED = [family for family in TILED if not family.staged]
 PROMPT = "USER: <image> what is this ASSISTANT:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OddOnesPruner(ScorePruner):
-    """Keeps what looks least like the rest."""
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        middle = tokens.features.median(dim=1, keepdim=True).values
-        return (tokens.features - middle).norm(dim=2)
 
 
 @pytest.fixture(params=PLAIN, ids=lambda family: family.name)

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 _ADAPTERS = {
     "LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter",
+    "LlavaForConditionalGeneration(pixtral)": "dcp_prune.models.pixtral:PixtralAdapter",
     "LlavaNextForConditionalGeneration": "dcp_prune.models.llava_next:LlavaNextAdapter",
     "LlavaOnevisionForConditionalGeneration": "dcp_prune.models.llava_onevision:LlavaOnevisionAdapter",
+    "Mistral3ForConditionalGeneration": "dcp_prune.models.mistral3:Mistral3Adapter",
     "PaliGemmaForConditionalGeneration": "dcp_prune.models.paligemma:PaliGemmaAdapter",
     "VideoLlavaForConditionalGeneration": "dcp_prune.models.video_llava:VideoLlavaAdapter",
 }
-"""Name of the model's class -> `module:class` of its adapter, imported when a model asks for it."""
+"""Name of the model's class -> `module:class` of its adapter, imported when a model asks for it; in brackets the model
+type of the vision tower, where another one has an adapter of its own."""
 
 
 class Reduction(Protocol):
@@ -165,10 +168,12 @@ class ModelAdapter(ABC):
         """The pixels and details of some of the images."""
         index = list(which)
         found = {name: images[name] for name in (self.image_inputs[0], *self.image_details) if name in images}
-        return {
-            name: value[index] if isinstance(value, Tensor) and value.shape[:1] == (len(layouts),) else value
-            for name, value in found.items()
-        }
+        for name, value in found.items():
+            if isinstance(value, Tensor) and value.shape[:1] == (len(layouts),):
+                found[name] = value[index]
+            elif isinstance(value, list) and len(value) == len(layouts):
+                found[name] = [value[image] for image in index]
+        return found
 
     @property
     def separator(self) -> Float[Tensor, " d"] | None:
@@ -252,7 +257,7 @@ class ModelAdapter(ABC):
 
 
 def supported_architectures() -> tuple[str, ...]:
-    """Names of the model classes that have an adapter."""
+    """Names of the model classes that have an adapter; in brackets a vision tower that has one of its own."""
     return tuple(sorted(_ADAPTERS))
 
 
@@ -263,7 +268,7 @@ def adapter_class(architecture: str) -> type[ModelAdapter]:
 
 
 def get_adapter(model: Any) -> ModelAdapter:
-    """The adapter of a loaded model, by the name of its class or of a parent class.
+    """The adapter of a loaded model, by the name of its class or of a parent class, and by its vision tower.
 
     Raises:
         UnsupportedModelError: no adapter, an encoder-decoder model, tensor parallelism, or whatever the adapter
@@ -275,7 +280,9 @@ def get_adapter(model: Any) -> ModelAdapter:
             f"{names[0]} is an encoder-decoder model, whose decoder reads images by cross-attention, not as prompt "
             f"tokens that could be dropped; use one of: {', '.join(supported_architectures())}"
         )
-    architecture = next((name for name in names if name in _ADAPTERS), None)
+    tower = getattr(getattr(getattr(model, "config", None), "vision_config", None), "model_type", None)
+    known = (name for each in names for name in (f"{each}({tower})", each) if name in _ADAPTERS)
+    architecture = next(known, None)
     if architecture is None:
         raise UnsupportedModelError(_no_adapter(model, names[0]))
     if (getattr(model, "tp_size", None) or 1) > 1:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from dcp_prune.errors import UnsupportedModelError
 from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
 from dcp_prune.models.layout import ImageLayout, plain_layout
-from dcp_prune.models.tower import Tower
+from dcp_prune.models.tower import Tower, feature_layers
 from dcp_prune.tokens import Signal
 
 
@@ -38,12 +38,6 @@ class LlavaAdapter(ModelAdapter):
         config = model.config
         self.model = model
         tower = getattr(model.model, self.tower_name)
-        layer = config.vision_feature_layer
-        if not isinstance(layer, int):
-            raise UnsupportedModelError(
-                f"vision_feature_layer is the list {list(layer)}, and layers before and after a reduction differ in "
-                "length; set model.config.vision_feature_layer to one layer"
-            )
         if config.vision_feature_select_strategy != self.strategy:
             done = "passes on [CLS] like a patch" if self.strategy == "default" else "drops the first patch"
             raise UnsupportedModelError(
@@ -51,13 +45,7 @@ class LlavaAdapter(ModelAdapter):
                 f"set model.config.vision_feature_select_strategy to {self.strategy!r}"
             )
         self.check_tower(tower)
-        # hidden_states[0] is what enters layer 0, so hidden_states[i] is what leaves layer i - 1.
-        depth = len(tower.encoder.layers)
-        num_layers = layer if layer >= 0 else depth + 1 + layer
-        if not 1 <= num_layers <= depth:
-            raise UnsupportedModelError(
-                f"vision_feature_layer {layer} is the output of no layer of an encoder of {depth} layers"
-            )
+        num_layers = feature_layers(config.vision_feature_layer, len(tower.encoder.layers))
         self.tower = Tower(tower, num_layers)
 
     def check_tower(self, tower: Any) -> None:
@@ -69,8 +57,8 @@ class LlavaAdapter(ModelAdapter):
         embeddings = getattr(tower, "embeddings", None)
         if not hasattr(embeddings, "class_embedding") or not hasattr(tower, "pre_layrnorm"):
             raise UnsupportedModelError(
-                f"the vision tower {type(tower).__name__} is no CLIP encoder with a [CLS] token, "
-                f"the only kind of tower of {self.architecture} that can be pruned so far"
+                f"the vision tower {type(tower).__name__} is no CLIP encoder with a [CLS] token, and no "
+                f"other tower of {self.architecture} that can be pruned so far"
             )
 
     @property

@@ -214,6 +214,70 @@ def _capture_values(
     return captured
 
 
+def feature_layers(layer: Any, depth: int) -> int:
+    """Layers up to and including the one whose output becomes the features.
+
+    Args:
+        layer: the config's `vision_feature_layer`.
+        depth: layers of the encoder.
+
+    Raises:
+        UnsupportedModelError: it is a list, or the output of no layer.
+    """
+    if not isinstance(layer, int):
+        raise UnsupportedModelError(
+            f"vision_feature_layer is the list {list(layer)}, and layers before and after a reduction differ in "
+            "length; set model.config.vision_feature_layer to one layer"
+        )
+    # hidden_states[0] is what enters layer 0, so hidden_states[i] is what leaves layer i - 1.
+    num_layers = layer if layer >= 0 else depth + 1 + layer
+    if not 1 <= num_layers <= depth:
+        raise UnsupportedModelError(
+            f"vision_feature_layer {layer} is the output of no layer of an encoder of {depth} layers"
+        )
+    return num_layers
+
+
+@torch.no_grad()
+def packed_signals(
+    queries: Float[Tensor, "n h c"],
+    keys: Float[Tensor, "n h c"],
+    values: Float[Tensor, "n h c"],
+    lengths: Sequence[int],
+    wanted: AbstractSet[Signal],
+    *,
+    scale: float,
+) -> dict[str, list[Tensor]]:
+    """Signals of images that a tower without [CLS] sees as one sequence: fields of `EncoderTokens`, image by image.
+
+    Args:
+        queries, keys, values: of one layer, norms and rotary embedding applied.
+        lengths: patches of each image, which attend to each other only.
+        wanted: what to capture; [CLS] attention is then the attention that a patch receives.
+        scale: of the logits.
+    """
+    found: dict[str, list[Tensor]] = {}
+    if Signal.CLS_ATTENTION in wanted:
+        pairs = zip(queries.split(lengths), keys.split(lengths), strict=True)  # type: ignore[arg-type]
+        found["cls_attention"] = [
+            received_attention(query.unsqueeze(0), key.unsqueeze(0), scale=scale)[0] for query, key in pairs
+        ]
+    for signal, name, heads in ((Signal.KEYS, "keys", keys), (Signal.VALUES, "values", values)):
+        if signal in wanted:
+            found[name] = list(heads.float().mean(dim=1).split(lengths))  # type: ignore[arg-type]
+    return found
+
+
+def merge_cells(patches: Float[Tensor, "t n *v"], grid: tuple[int, int], size: int) -> Float[Tensor, "t m *v"]:
+    """Means over cells of size x size patches, in raster order, where a projector makes one token of each; patches that
+    fill no cell, at the right and lower edge, are left out."""
+    if size == 1:
+        return patches
+    rows, cols = grid[0] // size, grid[1] // size
+    raster = patches.unflatten(1, grid)[:, : rows * size, : cols * size]
+    return raster.unflatten(2, (cols, size)).unflatten(1, (rows, size)).mean(dim=(2, 4)).flatten(1, 2)
+
+
 def _is_plain(linear: nn.Module) -> bool:
     """Whether the weight can be read: not quantised, adapted by LoRA, or kept elsewhere."""
     return type(linear) is nn.Linear and linear.weight.is_floating_point() and not linear.weight.is_meta
