@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 LMMS := .venv-lmms-eval
+NEWEST := .venv-newest
 CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lmms-eval lint format bench sweeps report train-testbed
+.PHONY: help demo test test-newest test-lmms-eval lint format bench sweeps report train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,6 +22,15 @@ demo: $(RUNTIME) ## a trained model answers questions about pictures with 16 ins
 
 test: $(DEV) ## all tests that need no GPU (ARGS="tests/unit -k kappa" narrows them)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# `make test` runs on the oldest transformers that is supported, which constraints.txt pins.
+test-newest: ## models and integrations on the newest transformers there is, in an environment of its own (minutes; not part of test)
+	@$(CHECK_PYTHON)
+	test -x $(NEWEST)/bin/python || "$(PYTHON)" -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --editable . transformers accelerate peft hypothesis pytest
+	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest -q tests/models tests/integrations tests/contract $(ARGS)
 
 test-lmms-eval: $(LMMS)/.installed ## the lmms-eval plug-in, in an environment of its own (minutes; not part of test)
 	HF_HUB_OFFLINE=1 $(LMMS)/bin/python -m pytest -q tests/lmms $(ARGS)
@@ -44,6 +54,7 @@ sweeps: $(DEV) ## measure every pruner on held-out questions (hours; stop it, an
 	$(MAKE) report
 
 report: $(DEV) ## rebuild the tables and figures of README.md and docs/ from the records and result files in results/
+	$(BIN)/dcp-prune list --models --json results/models.json
 	$(BIN)/python -m dcp_prune.report.pages README.md docs/results.md docs/performance.md
 
 train-testbed: $(RUNTIME) ## train the testbed model, going on from its last checkpoint (hours on a CPU)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dcp_prune.report.cells import digest
 from dcp_prune.report.pages import main
+from dcp_prune.report.tables import draw_table
 
 PROJECT = Path(__file__).parents[2]
 PAGE = PROJECT / "docs" / "results.md"
@@ -24,6 +27,14 @@ def test_the_page_was_drawn_from_the_very_records_that_are_there():
 def test_every_figure_of_the_page_is_there_and_no_other():
     figures = {path.name for path in (PROJECT / "docs" / "figures").glob("*.png")}
     assert figures == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE.read_text()))
+
+
+def test_the_matrix_of_models_is_that_of_the_adapters(tmp_path: Path):
+    listed = tmp_path / "models.json"
+    command = [sys.executable, "-m", "dcp_prune.cli", "list", "--models", "--json", str(listed)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert listed.read_text() == (PROJECT / "results" / "models.json").read_text(), "run `make report`"
+    assert draw_table("models", "results/models.json", PROJECT) in (PROJECT / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -67,39 +67,45 @@ def list_(*, models: Annotated[bool, Parameter(negative=())] = False, json: Json
 
 def _supported_models() -> list[dict[str, Any]]:
     """One row per model class."""
-    from dcp_prune.models import adapter_class, supported_architectures
-    from dcp_prune.registry import get_pruner, list_pruners
+    from dcp_prune.models import ModelAdapter, adapter_class, supported_architectures
+    from dcp_prune.registry import get_pruner, list_pruners, make_pruner
     from dcp_prune.tokens import Signal
 
+    in_encoder = {name for name in list_pruners() if make_pruner(name, num_tokens=16).encoder_stages(576, 24)}
     rows = []
     for name in supported_architectures():
         adapter = adapter_class(name)
         given = adapter.signals | {Signal.TEXT}
+        refused = {
+            pruner: "; ".join(adapter.absent.get(signal, signal.value) for signal in sorted(missing))
+            for pruner in list_pruners()
+            if (missing := get_pruner(pruner).requires - given)
+        }
+        if not adapter.prunes_in_encoder:
+            refused |= dict.fromkeys(
+                sorted(in_encoder - set(refused)),
+                f"no tokens can be dropped inside its encoder{adapter.why_not_in_encoder}",
+            )
         rows.append(
             {
                 "name": name,
                 "images": True,
-                "videos": False,
+                "videos": adapter.video is not ModelAdapter.video,
                 "tiles": adapter.cuts_tiles,
                 "in_encoder": adapter.prunes_in_encoder,
                 "saliency": adapter.saliency,
                 "signals": [signal.value for signal in Signal if signal in adapter.signals],
-                "refused_pruners": {
-                    pruner: "; ".join(adapter.absent.get(signal, signal.value) for signal in sorted(missing))
-                    for pruner in list_pruners()
-                    if (missing := get_pruner(pruner).requires - given)
-                },
+                "refused_pruners": dict(sorted(refused.items())),
             }
         )
     return rows
 
 
 def _show_matrix(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(
-        "Model class", "tiles", "in the encoder", "saliency from", "refused pruners", box=None, pad_edge=False
-    )
+    columns = ("Model class", "videos", "tiles", "in the encoder", "saliency from", "refused pruners")
+    table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        marks = ["yes" if row[flag] else "-" for flag in ("tiles", "in_encoder")]
+        marks = ["yes" if row[flag] else "-" for flag in ("videos", "tiles", "in_encoder")]
         table.add_row(
             row["name"], *marks, row["saliency"].replace("[", "\\["), ", ".join(row["refused_pruners"]) or "-"
         )
@@ -108,4 +114,3 @@ def _show_matrix(console: Console, rows: list[dict[str, Any]]) -> None:
     reasons = {f"{pruner}: {why}" for row in rows for pruner, why in row["refused_pruners"].items()}
     for reason in sorted(reasons):
         console.print("  " + reason.replace("[", "\\["), soft_wrap=True)
-    console.print("\nOnly images are pruned; videos are refused.")

@@ -61,8 +61,25 @@ def selection(result: Result) -> str:
     return _markdown(header, body)
 
 
+def models(result: Result) -> str:
+    """What each model class supports."""
+    header = ["model class", "images", "videos", "tiles", "inside the encoder", "saliency from", "refused pruners"]
+    flags = ("images", "videos", "tiles", "in_encoder")
+    body = [
+        [
+            f"`{row['name'].removesuffix('ForConditionalGeneration')}`",
+            *("yes" if row[flag] else "no" for flag in flags),
+            row["saliency"],
+            ", ".join(f"`{name}`" for name in row["refused_pruners"]),
+        ]
+        for row in result["models"]
+    ]
+    return _markdown(header, body)
+
+
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "cost": cost,
+    "models": models,
     "published": published,
     "selection": selection,
 }
@@ -80,7 +97,8 @@ def draw_table(kind: str, name: str, folder: Path) -> str:
         return f"*Not measured yet: no `{name}`.*"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return f"{TABLES[kind](result)}\n\n{_source(name, result)}"
+        drawn = TABLES[kind](result)
+        return f"{drawn}\n\n{_source(name, result)}" if kind != "models" else drawn
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InvalidInputError(f"{path} holds no {kind} results ({error!r}); write it anew") from error
 
