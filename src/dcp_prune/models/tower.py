@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,21 @@ class Walk:
     stages: tuple[Reduction, ...]
     stage_stats: tuple[Mapping[str, Tensor], ...]
     stage_tokens: tuple[int, ...]
+
+    def merged(self, grid: tuple[int, int], size: int) -> Walk:
+        """With cells of size x size patches in the place of patches, where the projector makes one token of each.
+
+        Args:
+            grid: (rows, cols) of patches of a tile, none of which were dropped.
+        """
+        signals: dict[str, Any] = {
+            name: merge_cells(value, grid, size)
+            for name in ("features", "cls_attention", "keys", "values", "cls_value_affinity")
+            if (value := getattr(self.encoder, name)) is not None
+        }
+        cells = VisualTokens.from_features(signals["features"], grid=(grid[0] // size, grid[1] // size))
+        encoder = EncoderTokens(**signals, positions=cells.positions, indices=cells.indices)
+        return replace(self, encoder=encoder, assignment=cells.assignment)
 
     def encoded(
         self, features: Float[Tensor, "t n d"], layouts: Sequence[ImageLayout], with_encoder: bool
