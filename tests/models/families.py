@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -27,6 +27,9 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PixtralVisionConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
@@ -34,6 +37,8 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from dcp_prune.pruners.base import ScorePruner
@@ -138,10 +143,23 @@ class Family(ABC):
 
     def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """What the model itself makes of the images, one tensor each."""
-        names = ("pixel_values", "pixel_values_images", "image_sizes", "batch_num_images")
+        names = ("pixel_values", "pixel_values_images", "image_sizes", "batch_num_images", "image_grid_thw")
         images = {name: inputs[name] for name in names if name in inputs}
         with torch.no_grad():
             return list(self.model.get_image_features(**images).pooler_output)
+
+    def oracle_inputs(
+        self, inputs: dict[str, Any], mask: torch.Tensor, laid: Sequence[torch.Tensor], deepstack: Sequence[Any]
+    ) -> dict[str, Any]:
+        """The unpruned prompt, masked, with these features at the placeholders of each image."""
+        places = inputs["input_ids"] == self.model.config.image_token_id
+        embeddings = self.model.get_input_embeddings()(inputs["input_ids"])
+        return {
+            "inputs_embeds": embeddings.masked_scatter(places.unsqueeze(-1), torch.cat(list(laid))),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+            **{name: inputs[name] for name in ("token_type_ids",) if name in inputs},
+        }
 
 
 class LlavaNext(Family):
@@ -376,6 +394,98 @@ def pixtral_config() -> PixtralVisionConfig:
     )
 
 
+class Qwen2VL(Family):
+    """Its processor needs a video processor, and that torchvision: ids are made by hand."""
+
+    name = "qwen2_vl"
+    staged = False
+    kind: Any = Qwen2VLForConditionalGeneration
+    rope: ClassVar[dict[str, Any]] = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10_000.0}
+
+    def vision(self) -> dict[str, Any]:
+        return {"embed_dim": 64, "hidden_size": 48, "mlp_ratio": 2} | self.shared
+
+    shared: ClassVar[dict[str, Any]] = {"depth": 4, "num_heads": 4, "patch_size": PATCH}
+
+    def build(self) -> Any:
+        text = {
+            "vocab_size": 64,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.15,
+            "rope_parameters": self.rope,
+            "pad_token_id": PAD_ID,
+            "bos_token_id": BOS_ID,
+            "eos_token_id": EOS_ID,
+        }
+        tokens = {"image": IMAGE_ID, "video": 63, "vision_start": 61, "vision_end": 62}
+        config = self.kind.config_class(
+            vision_config=self.vision(), text_config=text, **{f"{name}_token_id": id for name, id in tokens.items()}
+        )
+        model = self.kind(config)
+        sharpen(model.model.visual)
+        return model
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        if not pictures:
+            images, lengths = {}, []
+        else:
+            size = {"shortest_edge": 84 * 84, "longest_edge": 168 * 168}
+            images = dict(Qwen2VLImageProcessorPil(size=size, patch_size=PATCH)(list(pictures), return_tensors="pt"))
+            lengths = (images["image_grid_thw"].prod(dim=1) // 4).tolist()
+        made = expand_placeholders(prompts, lengths)
+        types = (made["input_ids"] == IMAGE_ID).long()
+        return made | images | {"mm_token_type_ids": types}
+
+    def oracle_inputs(
+        self, inputs: dict[str, Any], mask: torch.Tensor, laid: Sequence[torch.Tensor], deepstack: Sequence[Any]
+    ) -> dict[str, Any]:
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+        types, seconds = inputs["mm_token_type_ids"], inputs.get("second_per_grid_ts")
+        axes, _ = self.model.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=types,
+            attention_mask=inputs["attention_mask"],
+            second_per_grid_ts=seconds,
+            **grids,
+        )
+        modality = "image" if "image_grid_thw" in grids else "video"
+        return {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": mask,
+            "position_ids": torch.cat(((mask.cumsum(1) - 1).clamp(min=0)[None], axes)),
+            "mm_encoder_outputs": {
+                modality: BaseModelOutputWithDeepstackFeatures(
+                    pooler_output=tuple(laid),  # type: ignore[arg-type]
+                    deepstack_features=[list(layer) for layer in deepstack] or None,  # type: ignore[arg-type]
+                )
+            },
+        }
+
+
+class Qwen25VL(Qwen2VL):
+    name = "qwen2_5_vl"
+    kind = Qwen2_5_VLForConditionalGeneration
+
+    def vision(self) -> dict[str, Any]:
+        windows = {"window_size": 2 * 2 * PATCH, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
+        return {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 48} | windows | self.shared
+
+
+class Qwen3VL(Qwen2VL):
+    name = "qwen3_vl"
+    kind = Qwen3VLForConditionalGeneration
+
+    def vision(self) -> dict[str, Any]:
+        deepstack = {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 36}
+        return {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 48} | deepstack | self.shared
+
+
 def sharpen(tower: Any) -> None:
     """Random SigLIP weights give pictures that hardly differ; these do."""
     for parameter in tower.parameters():
@@ -391,4 +501,7 @@ FAMILIES: tuple[Family, ...] = (
     VideoLlava(),
     Pixtral(),
     Mistral3(),
+    Qwen2VL(),
+    Qwen25VL(),
+    Qwen3VL(),
 )

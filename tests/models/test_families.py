@@ -41,29 +41,26 @@ def inputs(family: Family) -> dict[str, Any]:
     return family.make_inputs(PROMPTS, pictures(0, 1, 2))
 
 
-def run_with_dropped_columns_masked(model: Any, inputs: dict[str, Any], short: ShortInputs) -> Tensor:
+def run_with_dropped_columns_masked(family: Family, inputs: dict[str, Any], short: ShortInputs) -> Tensor:
     """Logits of the model's own prompt, separators included, where no token may attend to a dropped placeholder and the
     kept ones hold the pruned features; at the columns that are left."""
-    assert short.columns is not None
-    assert short.record is not None
+    record, columns = short.record, short.columns
+    assert columns is not None
+    assert record is not None
     assert short.features is not None
-    places = inputs["input_ids"] == model.config.image_token_id
-    laid = []
-    for layout, indices, features in zip(short.record.layouts, short.record.indices, short.features, strict=True):
-        real = indices >= 0
-        laid.append(torch.zeros(len(layout), features.shape[1]).index_copy(0, indices[real], features[real]))
-    embeddings = model.get_input_embeddings()(inputs["input_ids"])
-    columns = short.columns.clamp(min=0)
-    mask = torch.zeros_like(inputs["attention_mask"]).scatter_add(1, columns, (short.columns >= 0).long()).clamp(max=1)
-    mask = mask * inputs["attention_mask"]
-    extra = {name: inputs[name] for name in ("token_type_ids",) if name in inputs}
-    logits = model(
-        inputs_embeds=embeddings.masked_scatter(places.unsqueeze(-1), torch.cat(laid)),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        **extra,
-    ).logits
-    return logits.gather(1, columns.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+
+    def lay_out(kept: Tensor) -> list[Tensor]:
+        laid = []
+        for layout, indices, features in zip(record.layouts, record.indices, kept, strict=True):
+            real = indices >= 0
+            laid.append(torch.zeros(len(layout), features.shape[1]).index_copy(0, indices[real], features[real]))
+        return laid
+
+    mask = torch.zeros_like(inputs["attention_mask"])
+    mask = mask.scatter_add(1, columns.clamp(min=0), (columns >= 0).long()).clamp(max=1) * inputs["attention_mask"]
+    deepstack = [lay_out(layer) for layer in short.deepstack]
+    logits = family.model(**family.oracle_inputs(inputs, mask, lay_out(short.features), deepstack)).logits
+    return logits.gather(1, columns.clamp(min=0).unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 
 @pytest.mark.parametrize("scope", ["image", "tile"])
@@ -75,7 +72,7 @@ def test_logits_equal_the_unpruned_run_with_the_dropped_columns_masked(
     short = prune_inputs(family.model, inputs, make_pruner(name, num_tokens=BUDGET, scope=scope))
     with torch.no_grad():
         logits = family.model(**short.inputs).logits
-        oracle = run_with_dropped_columns_masked(family.model, inputs, short)
+        oracle = run_with_dropped_columns_masked(family, inputs, short)
     real = short.tensors["attention_mask"].bool()
     assert logits.shape[1] < inputs["input_ids"].shape[1]
     torch.testing.assert_close(logits[real], oracle[real], rtol=1e-5, atol=1e-5)
@@ -86,7 +83,7 @@ def test_the_oracle_can_fail(family: Family, inputs: dict[str, Any]) -> None:
     assert short.features is not None
     other = replace(short, features=short.features.flip(1))
     with torch.no_grad():
-        right, wrong = (run_with_dropped_columns_masked(family.model, inputs, each) for each in (short, other))
+        right, wrong = (run_with_dropped_columns_masked(family, inputs, each) for each in (short, other))
     assert (right - wrong)[short.tensors["attention_mask"].bool()].abs().max() > 1e-3
 
 

@@ -263,7 +263,8 @@ def embed_words(
 
 def special_ids(model: Any, processor: Any) -> Int[Tensor, " s"]:
     """Ids that are no words: of the configs, and of the tokenizer where a processor was given."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id")
+    kinds = ("bos", "eos", "pad", "image", "video", "vision_start", "vision_end")
+    names = [f"{kind}_token_id" for kind in kinds]
     configs = (model.config, model.config.get_text_config(), model.generation_config)
     found: set[int] = set() if processor is None else set(processor.tokenizer.all_special_ids)
     for config in configs:

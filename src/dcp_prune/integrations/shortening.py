@@ -144,6 +144,7 @@ class ShortInputs:
             changed. Zero where an image keeps fewer than k. `i k d`.
         lengths: how many of them are left of each image.
         deepstack: what the language model adds to the same tokens behind its first layers, one tensor a layer. `i k d`.
+        next_position: where what comes behind the prompt will lie, where positions do more than count tokens. `b 1`.
         adapters: of the images and of the videos that were encoded, with the number of each.
     """
 
@@ -155,6 +156,7 @@ class ShortInputs:
     features: Float[Tensor, "i k d"] | None
     lengths: tuple[int, ...] = ()
     deepstack: tuple[Float[Tensor, "i k d"], ...] = ()
+    next_position: Int[Tensor, "b 1"] | None = None
     adapters: tuple[tuple[ModelAdapter, int], ...] = field(default=(), repr=False)
 
     @property
@@ -193,11 +195,13 @@ class CachedPrompt:
         columns: of the original prompt, in the order in which they were cached; -1 is padding. `b m`.
         width: columns of the original prompt.
         ids: the original prompt, where all of it is known. `b w`.
+        next_position: where the column behind it lies, where positions do more than count tokens. `b 1`.
     """
 
     columns: Int[Tensor, "b m"]
     width: int
     ids: Int[Tensor, "b w"] | None
+    next_position: Int[Tensor, "b 1"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,6 +400,10 @@ def shorten(
     columns = torch.cat((turn.head, torch.where(tail_columns < 0, -1, tail_columns + turn.head_width)), dim=1)
     own = tail_columns if turn.start < turn.head_width else columns
     tensors = _shorten_tensors(inputs, adapter, columns, own, _pad_id(model))
+    rope = _rope_positions(adapter, kinds, inputs, tail, turn, cached)
+    if rope is not None:
+        tensors["position_ids"] = _along(rope, tensors, columns, own)
+        short = replace(short, next_position=_behind(rope, mask))
     watch.lap("prompt")
     record = None if short.record is None else replace(short.record, columns=columns)
     return replace(short, record=record, columns=columns, tensors=tensors)
@@ -601,6 +609,58 @@ def _shorten_tensors(
             positions = positions + first.clamp(0, adapter.first_position).to(positions.device)
         short["position_ids"] = positions
     return short
+
+
+def _rope_positions(
+    adapter: ModelAdapter,
+    kinds: Sequence[_Images],
+    inputs: Mapping[str, Any],
+    tail: Int[Tensor, "b s"],
+    turn: _Turn,
+    cached: CachedPrompt | None,
+) -> Int[Tensor, "p b l"] | None:
+    """Where the columns of `input_ids` lie in the original conversation, 0 for those that are in the cache; None where
+    positions just count tokens."""
+    given = inputs.get("position_ids")
+    if given is not None:
+        return given[-3:] if given.ndim == 3 else None
+    mask = inputs.get("attention_mask")
+    begin = 0 if mask is None else mask.shape[1] - tail.shape[1]
+    own_mask = None if mask is None else mask[:, begin:].bool()
+    details = {name: value for each in kinds for name, value in each.inputs.items()}
+    found = adapter.rope_positions(tail, own_mask, {each.adapter.modality: each.layouts for each in kinds}, details)
+    if found is None:
+        return None
+    found = found.to(tail.device)
+    if turn.head_width:
+        if cached is not None and cached.next_position is not None:
+            first = cached.next_position.to(tail.device) + (turn.head_width - cached.width)
+        else:
+            first = turn.head_width if mask is None else mask[:, :begin].sum(dim=1, keepdim=True)
+            first = first + (torch.zeros(1, 1) if adapter.rope_offset is None else adapter.rope_offset).to(tail)
+        found = found + first.repeat_interleave(tail.shape[0] // first.shape[0], dim=0)
+    if own_mask is not None:
+        found = found.masked_fill(~own_mask, 0)
+    return functional.pad(found, (turn.start, 0))
+
+
+def _along(
+    rope: Int[Tensor, "p b l"], tensors: Mapping[str, Any], columns: Int[Tensor, "b m"], own: Int[Tensor, "b s"]
+) -> Int[Tensor, "q b s"]:
+    """`position_ids` of the short prompt: a count of tokens, from which attention masks are made, then each axis."""
+    mask = tensors.get("attention_mask")
+    counted = compact_positions(columns >= 0 if mask is None else mask.bool(), own.shape[1])
+    return torch.stack((counted, *(take_columns(axis, own, 0) for axis in rope)))
+
+
+def _behind(rope: Int[Tensor, "p b l"], mask: Tensor | None) -> Int[Tensor, "b 1"]:
+    """Where the token behind the last one of each row lies."""
+    ends = rope.amax(dim=0)
+    if mask is None:
+        return ends[:, -1:] + 1
+    own = mask[:, mask.shape[1] - ends.shape[1] :].bool()
+    last = torch.arange(ends.shape[1], device=ends.device).where(own, 0).amax(dim=1, keepdim=True)
+    return ends.gather(1, last) + 1
 
 
 def _check_inputs(config: Any, inputs: Mapping[str, Any], kinds: Sequence[_Images]) -> None:

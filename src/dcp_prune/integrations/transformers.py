@@ -257,6 +257,9 @@ class PruneHandle:
         if inputs.get("past_key_values") is None and inputs.get("use_cache", config.use_cache) and not model.training:
             # The model would make this cache itself; made here, it is recognised when the caller comes back with it.
             inputs["past_key_values"] = DynamicCache(config=config)
+        if short.next_position is not None:
+            real = inputs.get("attention_mask", short.columns >= 0)
+            get_adapter(model).rope_offset = short.next_position - real.sum(dim=1, keepdim=True)
         self._remember(inputs.get("past_key_values"), short)
         return (), inputs
 
@@ -286,7 +289,7 @@ class PruneHandle:
         if cache is not None and short.columns is not None:
             ids = short.original["input_ids"]
             known = ids if ids.shape[1] == short.width else None
-            self._prompts[cache] = CachedPrompt(short.columns, short.width, known)
+            self._prompts[cache] = CachedPrompt(short.columns, short.width, known, short.next_position)
 
 
 def _warn_if_idle(record: PruneRecord | None) -> None:

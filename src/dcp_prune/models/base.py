@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError, MissingSignalError, UnsupportedModelError
@@ -28,6 +28,9 @@ _ADAPTERS = {
     "LlavaOnevisionForConditionalGeneration": "dcp_prune.models.llava_onevision:LlavaOnevisionAdapter",
     "Mistral3ForConditionalGeneration": "dcp_prune.models.mistral3:Mistral3Adapter",
     "PaliGemmaForConditionalGeneration": "dcp_prune.models.paligemma:PaliGemmaAdapter",
+    "Qwen2VLForConditionalGeneration": "dcp_prune.models.qwen_vl:Qwen2VLAdapter",
+    "Qwen2_5_VLForConditionalGeneration": "dcp_prune.models.qwen_vl:Qwen25VLAdapter",
+    "Qwen3VLForConditionalGeneration": "dcp_prune.models.qwen_vl:Qwen3VLAdapter",
     "VideoLlavaForConditionalGeneration": "dcp_prune.models.video_llava:VideoLlavaAdapter",
 }
 """Name of the model's class -> `module:class` of its adapter, imported when a model asks for it; in brackets the model
@@ -174,6 +177,35 @@ class ModelAdapter(ABC):
             elif isinstance(value, list) and len(value) == len(layouts):
                 found[name] = [value[image] for image in index]
         return found
+
+    def rope_positions(
+        self,
+        ids: Int[Tensor, "b l"],
+        mask: Bool[Tensor, "b l"] | None,
+        layouts: Mapping[str, Sequence[ImageLayout]],
+        details: Mapping[str, Any],
+    ) -> Int[Tensor, "p b l"] | None:
+        """Where a whole prompt lies along each axis of the language model's rotary embedding; None where positions just
+        count tokens.
+
+        Kept tokens go on to lie where they lay. A prompt that continues another is placed as if it began at 0.
+
+        Args:
+            ids, mask: the prompt before anything is dropped.
+            layouts: of its images and videos, by modality.
+            details: their other inputs.
+        """
+        return None
+
+    @property
+    def rope_offset(self) -> Int[Tensor, "b 1"] | None:
+        """What the model itself adds to the count of tokens in a cache to place the next one, if it remembers such a
+        thing; set it before a call whose cache the model shall go on with."""
+        return None
+
+    @rope_offset.setter
+    def rope_offset(self, offset: Int[Tensor, "b 1"]) -> None:
+        raise NotImplementedError
 
     @property
     def separator(self) -> Float[Tensor, " d"] | None:
