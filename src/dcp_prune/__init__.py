@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         MissingSignalError,
         UnknownPrunerError,
         UnsupportedModelError,
+        UnsupportedVersionError,
     )
     from dcp_prune.functional.distribution import kappa
     from dcp_prune.integrations.transformers import prune, prune_inputs
@@ -35,6 +36,7 @@ _HOMES = {
         "MissingSignalError",
         "UnknownPrunerError",
         "UnsupportedModelError",
+        "UnsupportedVersionError",
     ),
     "functional.distribution": ("kappa",),
     "integrations.transformers": ("prune", "prune_inputs"),
@@ -69,6 +71,7 @@ __all__ = [
     "UniformPruner",
     "UnknownPrunerError",
     "UnsupportedModelError",
+    "UnsupportedVersionError",
     "VisualTokens",
     "get_pruner",
     "kappa",

@@ -17,6 +17,10 @@ class UnsupportedModelError(DcpPruneError):
     """The model has no adapter, or is set up in a way that pruning cannot support."""
 
 
+class UnsupportedVersionError(DcpPruneError):
+    """The installed transformers lacks something that is relied on here."""
+
+
 class UnknownPrunerError(DcpPruneError, KeyError):
     """No pruner of that name is registered; the message suggests near names."""
 

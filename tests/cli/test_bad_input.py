@@ -116,6 +116,13 @@ def test_bad_evaluations_are_refused(dcp_prune: Run, arguments: tuple[str, ...],
         (("lsit",), "list"),
         (("testbed", "evaluate"), "evaluate"),
         (("run", *ASK), "--image"),
+        (("serve", "--port", "99999"), "ports go from 0 to 65535"),
+        (("serve", "--port", "http"), "whole number"),
+        (("serve", "--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid"),
+        (("serve", "--pruner", "dpc"), "did you mean dcp"),
+        (("serve", "--num-tokens", "0"), "at least 1"),
+        (("serve", "/no/such/model", "--port", "0"), "/no/such/model"),
+        (("serve", "--port", "0", "--pruner", "cdpruner"), "CDPruner needs clip_similarity"),
     ],
 )
 def test_other_bad_commands_are_refused(dcp_prune: Run, arguments: tuple[str, ...], cause: str) -> None:

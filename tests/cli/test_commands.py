@@ -35,7 +35,20 @@ def _matches(name: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "demo", "run", "inspect", "list", "testbed", "testbed eval", "sweep", "report", "compare", "validate"],
+    [
+        "",
+        "demo",
+        "run",
+        "inspect",
+        "list",
+        "testbed",
+        "testbed eval",
+        "sweep",
+        "report",
+        "compare",
+        "validate",
+        "serve",
+    ],
 )
 def test_help_reads_as_it_did(dcp_prune: Run, command: str) -> None:
     outcome = dcp_prune(*command.split(), "--help")

@@ -127,6 +127,7 @@ def prune(
     processor: Any = None,
     text_scope: TextScope | FindWords = "after_image",
     keep_markers: bool = False,
+    on_record: Callable[[PruneRecord], object] | None = None,
 ) -> PruneHandle:
     """Prunes in every `model.generate(...)` and `model(...)` from now on; a context manager, or `remove()` it.
 
@@ -139,13 +140,21 @@ def prune(
         pruner: which tokens to keep, and how many.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
         text_scope, keep_markers: as for `prune_inputs`.
+        on_record: told of every call with images as soon as they are pruned, in the thread of the call.
 
     Raises:
         UnsupportedModelError: see `get_adapter`.
         InvalidInputError: the model has a handle already, or an encoder stage does not fit the encoder.
         MissingSignalError: the pruner requires a signal that the model does not give.
     """
-    return PruneHandle(model, pruner, processor=processor, text_scope=text_scope, keep_markers=keep_markers)
+    return PruneHandle(
+        model,
+        pruner,
+        processor=processor,
+        text_scope=text_scope,
+        keep_markers=keep_markers,
+        on_record=on_record,
+    )
 
 
 def get_handle(model: PreTrainedModel) -> PruneHandle | None:
@@ -162,7 +171,7 @@ class PruneHandle:
     as `model.model(...)`, are not touched.
 
     Attributes:
-        model, pruner, processor, text_scope, keep_markers: as given to `prune`.
+        model, pruner, processor, text_scope, keep_markers, on_record: as given to `prune`.
         text: what text-aware pruners read instead of the prompt, in every call until it is None again; see
             `prune_inputs`.
         last: record of the latest call with images, by whatever thread; None before the first one.
@@ -176,6 +185,7 @@ class PruneHandle:
         processor: Any = None,
         text_scope: TextScope | FindWords = "after_image",
         keep_markers: bool = False,
+        on_record: Callable[[PruneRecord], object] | None = None,
     ) -> None:
         attached = get_handle(model)
         if attached is not None:
@@ -194,6 +204,7 @@ class PruneHandle:
         self.text_scope: TextScope | FindWords = text_scope
         Question(text_scope, processor=processor)  # refuses what cannot work before any call
         self.keep_markers = keep_markers
+        self.on_record = on_record
         self.last: PruneRecord | None = None
         videos = (adapter.video.image_inputs[0],) if adapter.video else ()
         self._visual = (adapter.image_inputs[0], *videos, *adapter.unpruned_inputs)
@@ -282,7 +293,10 @@ class PruneHandle:
             cached=cached,
             whole_prompt=whole_prompt,
         )
-        self.last = short.record or self.last
+        if short.record is not None:
+            self.last = short.record
+            if self.on_record is not None:
+                self.on_record(short.record)
         return short
 
     def _remember(self, cache: Any, short: ShortInputs) -> None:
