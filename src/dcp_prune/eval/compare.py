@@ -29,6 +29,7 @@ from dcp_prune.eval.methods import QUESTION, Method
 from dcp_prune.eval.stats import CONFIDENCE, fewest_images, images_needed, share_lower_bound
 from dcp_prune.functional.distribution import kappa
 from dcp_prune.images import load_image
+from dcp_prune.integrations.question import Question
 from dcp_prune.integrations.shortening import shorten
 from dcp_prune.integrations.transformers import EncodedImages, encode_images, encoder_stages
 from dcp_prune.profiling.flops import llava_prefill_flops
@@ -453,7 +454,7 @@ class _Runner:
 
     def _answer(self, inputs: Mapping[str, Any], pruner: Pruner, encoded: EncodedImages) -> _Replies:
         # Not prune_inputs, which warns of a budget that prunes nothing: here that is the unpruned model, on purpose.
-        short = shorten(self.model, inputs, pruner, processor=self.processor, encoded=encoded)
+        short = shorten(self.model, inputs, pruner, question=Question(processor=self.processor), encoded=encoded)
         out = self.model.generate(
             **short.inputs,
             max_new_tokens=self.max_new_tokens,
@@ -502,7 +503,8 @@ class _Runner:
     def _first_token(self, inputs: Mapping[str, Any], pruner: Pruner | None) -> tuple[float, int]:
         """Milliseconds to the first new id, and bytes of the cache then."""
         began = self._now()
-        call = inputs if pruner is None else shorten(self.model, inputs, pruner, processor=self.processor).inputs
+        question = Question(processor=self.processor)
+        call = inputs if pruner is None else shorten(self.model, inputs, pruner, question=question).inputs
         out = self.model(**call, use_cache=True, logits_to_keep=1)
         out.logits[0, -1].argmax().item()
         return self._now() - began, kv_cache_bytes(out.past_key_values)
