@@ -1,10 +1,11 @@
-"""How many visual tokens are kept, decided before any feature exists."""
+"""How many visual tokens are kept, decided before any feature exists; or the range that a bound picks from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dcp_prune.errors import InvalidInputError
 
@@ -16,19 +17,24 @@ class Budget:
     """Visual tokens to keep: exactly one of `num_tokens` and `keep_ratio`, checked at construction.
 
     Attributes:
-        num_tokens: a count, at least 1.
-        keep_ratio: a share of the tokens in (0, 1]; the count is rounded half up and never below 1.
+        num_tokens: a count, at least 1; or a range (fewest, most) of counts.
+        keep_ratio: a share of the tokens in (0, 1]; the count is rounded half up and never below 1. Or a range of
+            shares.
         scope: what the budget is for: an `image` with all its tiles together, or each `tile` by itself, where a model
             cuts images into tiles. An image of one tile is the same in both.
+        max_distance: what picks from a range: the fewest tokens whose distance to the full set lies below it. A range
+            and a bound go together.
 
     Raises:
-        InvalidInputError: both or neither given, a count that is no positive integer, a share outside (0, 1], a scope
-            that is neither.
+        InvalidInputError: both or neither of count and share given, a count that is no positive integer, a share
+            outside (0, 1], a range with its ends the wrong way round, a range without a bound or the other way round,
+            a bound below 0, a scope that is neither.
     """
 
-    num_tokens: int | None = None
-    keep_ratio: float | None = None
+    num_tokens: int | tuple[int, int] | None = None
+    keep_ratio: float | tuple[float, float] | None = None
     scope: Scope = "image"
+    max_distance: float | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
@@ -37,25 +43,79 @@ class Budget:
             given = "neither" if self.num_tokens is None else "both"
             raise InvalidInputError(f"give exactly one of num_tokens (a count) and keep_ratio (a share), not {given}")
         if self.num_tokens is not None:
-            if isinstance(self.num_tokens, bool) or not isinstance(self.num_tokens, int):
-                raise InvalidInputError(
-                    f"num_tokens must be a whole number of visual tokens, got {self.num_tokens!r}; "
-                    "for a share of the tokens use keep_ratio"
-                )
-            if self.num_tokens < 1:
-                raise InvalidInputError(
-                    f"num_tokens must be at least 1, got {self.num_tokens}; at least one visual token has to be kept"
-                )
-        if self.keep_ratio is not None:
-            number = isinstance(self.keep_ratio, int | float) and not isinstance(self.keep_ratio, bool)
-            if not number or not 0 < self.keep_ratio <= 1:
-                raise InvalidInputError(
-                    f"keep_ratio must be a share of the visual tokens in (0, 1], got {self.keep_ratio!r}"
-                )
+            _check("num_tokens", self.num_tokens, _check_count)
+        else:
+            _check("keep_ratio", self.keep_ratio, _check_share)
+        bound = self.max_distance
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound >= 0):
+            raise InvalidInputError(f"max_distance must be a number of at least 0, got {bound!r}")
+        if self.is_range and bound is None:
+            raise InvalidInputError(
+                f"the range {self._name}={self._given!r} needs max_distance, which picks from it; give that, or a "
+                f"fixed {self._name}"
+            )
+        if bound is not None and not self.is_range:
+            raise InvalidInputError(
+                f"max_distance={bound!r} picks from a range, so {self._name} must be (fewest, most), "
+                f"got {self._given!r}"
+            )
+
+    @property
+    def is_range(self) -> bool:
+        """Whether every image gets a number of its own, from a range."""
+        return is_range(self._given)
 
     def resolve(self, num_original: int) -> int:
-        """The exact number of tokens kept of `num_original`; at most `num_original`."""
+        """The exact number of tokens kept of `num_original`, of a range the most; at most `num_original`."""
+        return self._counts(num_original)[-1]
+
+    def fewest(self, num_original: int) -> int:
+        """The number of tokens kept of `num_original` at the least; without a range that is `resolve`."""
+        return self._counts(num_original)[0]
+
+    @property
+    def _given(self) -> Any:
+        return self.keep_ratio if self.num_tokens is None else self.num_tokens
+
+    @property
+    def _name(self) -> str:
+        return "keep_ratio" if self.num_tokens is None else "num_tokens"
+
+    def _counts(self, num_original: int) -> tuple[int, ...]:
+        ends = self._given if self.is_range else (self._given,)
         if self.num_tokens is not None:
-            return min(self.num_tokens, num_original)
-        assert self.keep_ratio is not None
-        return max(1, math.floor(self.keep_ratio * num_original + 0.5))
+            return tuple(min(count, num_original) for count in ends)
+        return tuple(max(1, math.floor(share * num_original + 0.5)) for share in ends)
+
+
+def is_range(given: object) -> bool:
+    """Whether a budget is written as several numbers instead of one."""
+    return isinstance(given, tuple | list)
+
+
+def _check(name: str, given: Any, check_end: Callable[[Any], None]) -> None:
+    ends = given if is_range(given) else (given,)
+    if is_range(given) and len(given) != 2:
+        raise InvalidInputError(f"{name} as a range must be (fewest, most), got {given!r}")
+    for end in ends:
+        check_end(end)
+    if ends[0] > ends[-1]:
+        raise InvalidInputError(
+            f"the range {name}={given!r} ends below its beginning; write it as ({given[1]}, {given[0]})"
+        )
+
+
+def _check_count(count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise InvalidInputError(
+            f"num_tokens must be a whole number of visual tokens, got {count!r}; "
+            "for a share of the tokens use keep_ratio"
+        )
+    if count < 1:
+        raise InvalidInputError(f"num_tokens must be at least 1, got {count}; at least one visual token has to be kept")
+
+
+def _check_share(share: Any) -> None:
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not 0 < share <= 1:
+        raise InvalidInputError(f"keep_ratio must be a share of the visual tokens in (0, 1], got {share!r}")

@@ -188,7 +188,8 @@ def _fixed_evaluation(*_: Any, **__: Any) -> Evaluation:
         pruner = None if name == "none" else make_pruner(name, num_tokens=tokens)
         right = rng.random(n) < share
         shift = None if kappa is None else np.full(n, kappa)
-        answers.append(Answers(Method(name, tokens, pruner), tokens, right.astype(int), right, shift, 1.5))
+        kept = np.full(len(right), tokens)
+        answers.append(Answers(Method(name, tokens, pruner), kept, right.astype(int), right, shift, 1.5))
     seeds = tuple(range(1_000_000_000, 1_000_000_020))
     task = np.array([task for task in TASKS for _ in range(2)] * 20)
     return Evaluation(seeds, "crowded", np.repeat(np.arange(20), 14), task, tuple(answers))

@@ -324,7 +324,12 @@ def outcome(pruner: DCPPruner) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "field", [field.name for field in fields(DCPPruner) if field.name not in ("num_tokens", "keep_ratio", "scope")]
+    "field",
+    [
+        field.name
+        for field in fields(DCPPruner)
+        if field.name not in ("num_tokens", "keep_ratio", "scope", "max_distance", "bounded")  # of the budget
+    ],
 )
 def test_every_field_has_an_effect(field):
     base = ProgressiveDCPPruner(num_tokens=K, recovery=0.1)  # the graph's fields matter only where there is recovery
@@ -346,6 +351,7 @@ def test_every_field_has_an_effect(field):
         ("centre_temperature", 0.0),
         ("centre_sigma", -1.0),
         ("gate", True),
+        ("bounded", "kappa"),
         ("recovery", -0.1),
         ("recovery", math.nan),
         ("recovery", "much"),

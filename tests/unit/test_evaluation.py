@@ -28,7 +28,8 @@ def assistant() -> Assistant:
     return Assistant("random weights", model, make_processor())
 
 
-METHODS = (*plan(["none", "dcp_progressive", "cls_attention"], [16]), *plan(["none"], [0]))
+ADAPTIVE = "dcp(max_distance=0.1,num_tokens=(2,60))"
+METHODS = (*plan(["none", "dcp_progressive", "cls_attention"], [16]), *plan(["none"], [0]), *plan([ADAPTIVE], [16]))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,27 @@ def test_questions_keep_their_order_image_and_task_and_end_at_the_limit(evaluati
     assert evaluation.task.tolist() == expected
     assert evaluation.image.tolist() == [0] * 14 + [1] * 3
     assert evaluation.seeds == (HELD_OUT[0], HELD_OUT[1])
-    assert [answers.num_tokens for answers in evaluation.answers] == [576, 16, 16, 0]
+    assert [answers.num_tokens for answers in evaluation.answers[:4]] == [576, 16, 16, 0]
+
+
+def test_a_method_whose_budget_varies_reports_the_mean_of_what_it_kept(
+    assistant: Assistant, evaluation: Evaluation
+) -> None:
+    answers = evaluation.answers[-1]
+    assert 2 < answers.num_tokens < 60
+    assert answers.num_tokens == answers.kept.mean()
+    assert len(set(answers.kept.tolist())) > 2
+    for number in range(0, 17, 5):
+        seed, slot = HELD_OUT[number // 14], number % 14
+        view = assistant.look(Image.fromarray(make_scene(seed).image))
+        prompt = assistant.prompt(make_scene(seed).questions[slot].text)
+        reply = assistant.ask(Image.fromarray(make_scene(seed).image), view, prompt, answers.method.pruner)
+        assert reply.visual_tokens == answers.kept[number]
+    rows = [row for row in summarise(evaluation)["results"] if row["pruner"] == ADAPTIVE and row["task"] == "all"]
+    assert [row["num_tokens"] for row in rows] == [answers.num_tokens]
+    (entry,) = [entry for entry in summarise(evaluation)["methods"] if entry["pruner"] == ADAPTIVE]
+    assert entry["options"]["max_distance"] == 0.1
+    assert entry["options"]["num_tokens"] == [2, 60]
 
 
 def test_batch_size_changes_no_answer(assistant: Assistant, evaluation: Evaluation) -> None:
@@ -156,7 +177,7 @@ def _answers(name: str, tokens: int, correct: list[int]) -> Answers:
     pruner = None if name == "none" else make_pruner(name, num_tokens=tokens)
     method = Method(name, tokens if pruner else None, pruner)
     right = np.array(correct, dtype=bool)
-    return Answers(method, tokens, right.astype(int), right, np.full(len(right), 0.5), 1.0)
+    return Answers(method, np.full(len(right), tokens), right.astype(int), right, np.full(len(right), 0.5), 1.0)
 
 
 def test_the_summary_of_known_answers_is_known() -> None:

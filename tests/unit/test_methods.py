@@ -46,6 +46,12 @@ def test_a_bare_name_is_a_spec() -> None:
         ("dcp@noise=2", "from 0 to 1"),
         ("dcp@noise=nan", "from 0 to 1"),
         ("dcp(num_tokens=4)", "sets num_tokens"),
+        ("dcp(num_tokens=(4,8))", "sets num_tokens.*or max_distance beside a range"),
+        (
+            "dcp(max_distance=0.1)",
+            r"no range that it picks from; write .* dcp\(max_distance=0.05,num_tokens=\(8,128\)\)",
+        ),
+        ("dcp(max_distance=0.1,num_tokens=4)", "no range that it picks from"),
         ("none@wrong", "selects nothing"),
         ("none(a=1)", "no pruner is named|selects nothing"),
     ],
@@ -68,3 +74,34 @@ def test_options_that_the_pruner_lacks_are_refused_before_any_work() -> None:
 def test_two_settings_of_one_pruner_take_part_side_by_side() -> None:
     methods = plan(["dcp", "dcp(text_weight=0)", "dcp@none", "dcp"], [16])
     assert [method.name for method in methods] == ["dcp", "dcp(text_weight=0)", "dcp@none"]
+
+
+def test_a_range_is_a_budget_of_its_own_beside_fixed_ones() -> None:
+    label = "dcp(max_distance=0.1,num_tokens=(4,40))"
+    methods = plan(["none", "dcp", label], [0, 16, 8])
+    assert [(method.name, method.num_tokens) for method in methods] == [
+        ("none", 0),
+        (label, 40),
+        ("none", None),
+        ("dcp", 16),
+        ("dcp", 8),
+    ]
+    assert [method.is_adaptive for method in methods] == [False, True, False, False, False]
+    assert methods[1].options["max_distance"] == 0.1
+    assert methods[1].options["num_tokens"] == [4, 40]
+    assert not {"max_distance", "bounded", "num_tokens"} & methods[3].options.keys(), (
+        "records of fixed budgets stay as they were"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("dcp(max_distance=0.1,num_tokens=(8,4))", r"write it as \(4, 8\)"),
+        ("dcp(max_distance=0.1,num_tokens=())", "fewest, most"),
+        ("mmtok(max_distance=0.1,num_tokens=(4,8))", "no option 'max_distance'"),
+    ],
+)
+def test_a_range_that_cannot_be_is_refused_before_any_work(text: str, complaint: str) -> None:
+    with pytest.raises(InvalidInputError, match=complaint):
+        plan([text], [16])

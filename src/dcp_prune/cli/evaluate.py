@@ -101,7 +101,7 @@ def eval_(
             low, high = rows["all"]["ci95"]
             table.add_row(
                 answers.method.name,
-                str(answers.num_tokens),
+                f"{answers.num_tokens:.1f}" if answers.method.is_adaptive else str(answers.num_tokens),
                 f"{100 * rows['all']['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})",
                 *(f"{100 * rows[task]['accuracy']:.0f}" for task in tasks[1:]),
                 "-" if rows["all"]["kappa"] is None else f"{rows['all']['kappa']:.2f}",

@@ -275,12 +275,16 @@ def check_method(method: Method) -> None:
     """Makes sure that a method can be compared with the unpruned model.
 
     Raises:
-        InvalidInputError: it prunes nothing, or reads another text than the question.
+        InvalidInputError: it prunes nothing, reads another text than the question, or has no fixed budget.
     """
     if method.pruner is None:
         raise InvalidInputError("all tokens, and no image, are no pruner to compare; name one, such as dcp")
     if method.text != QUESTION:
         raise InvalidInputError(f"{method.name}: leave out @{method.text}; the pruner reads the question that is asked")
+    if method.is_adaptive:
+        raise InvalidInputError(
+            f"{method.name}: the smallest budget is looked for among fixed ones; leave out max_distance and the range"
+        )
 
 
 def check_keep(keep: float) -> None:

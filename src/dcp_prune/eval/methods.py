@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from dcp_prune.budget import is_range
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import get_pruner, make_pruner
@@ -65,7 +66,7 @@ class Method:
 
     Attributes:
         name: the label, unique together with `num_tokens`: the spec as it was written, or `ALL_TOKENS`.
-        num_tokens: visual tokens that the language model reads; None for all.
+        num_tokens: visual tokens that the language model reads, of a range the most; None for all.
         pruner: None where nothing is selected.
         text: what the pruner reads of the question.
         registered: the pruner's registered name, where it is not the label itself.
@@ -83,16 +84,25 @@ class Method:
         return self.pruner is not None and Signal.TEXT in self.pruner.requires | self.pruner.optional
 
     @property
+    def is_adaptive(self) -> bool:
+        """Whether every question gets a number of tokens of its own."""
+        return self.pruner is not None and self.pruner.budget.is_range
+
+    @property
     def options(self) -> dict[str, Any]:
-        """The pruner's whole configuration but its budget, as plain JSON values."""
+        """The pruner's whole configuration as plain JSON values, without a fixed budget and what only a range needs."""
         fields = {} if self.pruner is None else asdict(self.pruner)
-        left_out = ("num_tokens", "keep_ratio", *(("scope",) if fields.get("scope") == "image" else ()))
+        left_out = {"keep_ratio"} | (set() if self.is_adaptive else {"num_tokens", "max_distance", "bounded"})
+        if fields.get("scope") == "image":
+            left_out.add("scope")
         return {name: _plain(value) for name, value in fields.items() if name not in left_out}
 
 
 @dataclass(frozen=True)
 class Spec:
     """A pruner as it is written: `name`, `name(field=value, ...)`, and `@condition` behind it.
+
+    With `num_tokens=(fewest, most)` among the fields it has a budget of its own, whatever others keep.
 
     Attributes:
         label: the text itself.
@@ -106,24 +116,30 @@ class Spec:
     options: dict[str, Any]
     text: TextCondition
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the spec brings its own budget, a range."""
+        return "num_tokens" in self.options
+
     def at(self, num_tokens: int, options: dict[str, Any] | None = None) -> Method:
-        """The method at this budget; `options` hold for fields that the spec does not set.
+        """The method at this budget, or at its own; `options` hold for fields that the spec does not set.
 
         Raises:
             InvalidInputError: the pruner refuses an option or the budget, or a condition on a text it does not read.
         """
         if self.pruner == ALL_TOKENS:
             return Method(self.label, None)
-        pruner = make_pruner(self.pruner, num_tokens=num_tokens, **{**(options or {}), **self.options})
-        method = Method(self.label, num_tokens, pruner, self.text, self.pruner)
+        pruner = make_pruner(self.pruner, **{"num_tokens": num_tokens, **(options or {}), **self.options})
+        most = max(self.options["num_tokens"]) if self.is_adaptive else num_tokens
+        method = Method(self.label, most, pruner, self.text, self.pruner)
         if self.text != QUESTION and not method.reads_text:
             raise InvalidInputError(f"{self.label}: {self.pruner} does not read the question; leave out @{self.text}")
         return method
 
 
 def parse_spec(text: str) -> Spec:
-    """Reads `dcp`, `dcp(text_weight=0)`, `mmtok@wrong`, `dcp(centres="facility_location")@noise=0.5`; values are Python
-    literals or `inf`.
+    """Reads `dcp`, `dcp(text_weight=0)`, `mmtok@wrong`, `dcp(centres="facility_location")@noise=0.5` and
+    `dcp(max_distance=0.05,num_tokens=(8,128))`; values are Python literals or `inf`.
 
     Raises:
         UnknownPrunerError: no pruner of that name.
@@ -139,15 +155,25 @@ def parse_spec(text: str) -> Spec:
         return spec
     get_pruner(name)
     budget = [field for field in ("num_tokens", "keep_ratio") if field in options]
-    if budget:
-        raise InvalidInputError(f"{label!r} sets {budget[0]}, which all pruners share; give it as the budget instead")
+    if "max_distance" in options:
+        if not is_range(options.get("num_tokens")):
+            raise InvalidInputError(
+                f"{label!r} has a bound and no range that it picks from; write the range as well, as in "
+                f"{name}(max_distance=0.05,num_tokens=(8,128))"
+            )
+    elif budget:
+        raise InvalidInputError(
+            f"{label!r} sets {budget[0]}, which all pruners share; give it as the budget instead, or max_distance "
+            "beside a range"
+        )
     return spec
 
 
 def plan(specs: Sequence[str], budgets: Sequence[int], options: dict[str, Any] | None = None) -> tuple[Method, ...]:
     """The methods for these specs and budgets, without duplicates.
 
-    `none` stands for all tokens whatever the budget, and budget 0 for no image whatever the pruner.
+    `none` stands for all tokens whatever the budget, and budget 0 for no image whatever the pruner; a spec with a range
+    takes part once.
 
     Args:
         specs: as `parse_spec` reads them.
@@ -167,7 +193,7 @@ def plan(specs: Sequence[str], budgets: Sequence[int], options: dict[str, Any] |
         methods[ALL_TOKENS, 0] = Method(ALL_TOKENS, 0)
     for budget in budgets:
         for spec in parsed:
-            if isinstance(budget, int) and budget == 0:
+            if isinstance(budget, int) and budget == 0 and not spec.is_adaptive:
                 continue
             method = spec.at(budget, options)
             methods.setdefault((method.name, method.num_tokens), method)

@@ -5,7 +5,8 @@
     records.parquet    all rows in one file, where the folder was compacted
 
 One row per method, budget and question; see `SCHEMA`. Distances beside kappa are further columns `eval.NAME` and
-`run.NAME`.
+`run.NAME`. A column `kept` says how many visual tokens the language model read; older records lack it, and had no
+method whose questions differ in that.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ SCHEMA: Mapping[str, Any] = {
     "score": pl.Float32,
     "kappa": pl.Float32,
 }
-"""Columns that every row has: `method` is the label, unique together with `num_tokens` (the budget; for `none` the
-image's count, or 0 without an image); `text` is what the pruner read; `score` lies in [0, 1]; `kappa` is null without
-an image."""
+"""Columns that every row has: `method` is the label, unique together with `num_tokens` (the budget, of a range the
+most; for `none` the image's count, or 0 without an image); `text` is what the pruner read; `score` lies in [0, 1];
+`kappa` is null without an image."""
 
 _KEY = ("method", "num_tokens", "question")
 _DIGITS = 4

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from dcp_prune.errors import InvalidInputError
@@ -67,7 +68,7 @@ class Answered:
 
     Attributes:
         method: who.
-        num_tokens: visual tokens that the language model read.
+        kept: visual tokens that the language model read. `q`.
         words: ids of the first new token. `q`.
         answers: what was generated, decoded.
         kappa: of the features that reached the language model, against an unpruned encoder pass; None without an image.
@@ -77,12 +78,17 @@ class Answered:
     """
 
     method: Method
-    num_tokens: int
+    kept: Int[np.ndarray, "q"]
     words: Int[np.ndarray, "q"]
     answers: tuple[str, ...]
     kappa: Float[np.ndarray, "q"] | None
     distances: dict[str, Float[np.ndarray, "q"]]
     seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens of the question that has most."""
+        return int(self.kept.max())
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,18 @@ class _Kept:
     features: Float[Tensor, "r k d"]
     mask: Bool[Tensor, "r k"]
     by_question: bool
+
+    @classmethod
+    def join(cls, rows: Sequence[Float[Tensor, "k d"]]) -> _Kept:
+        """One row per question, padded to the longest."""
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        features = pad_sequence(list(rows), batch_first=True)
+        return cls(features, torch.arange(features.shape[1], device=lengths.device) < lengths.unsqueeze(1), True)
+
+    @property
+    def lengths(self) -> Int[Tensor, " r"]:
+        """How many tokens each row has."""
+        return self.mask.sum(dim=1)
 
 
 class Runner:
@@ -144,7 +162,7 @@ class Runner:
                 measured = self._measure(method, kept, full.tokens, encoded.tokens, batch)
             yield Answered(
                 method=method,
-                num_tokens=0 if kept is None else kept.features.shape[1],
+                kept=_of_questions(kept, batch),
                 words=words.cpu().numpy(),
                 answers=answers,
                 kappa=shift,
@@ -184,7 +202,7 @@ class Runner:
         if method.num_tokens == 0:
             return None
         pruner = method.pruner
-        if pruner is None or pruner.budget.resolve(tokens.num_original) >= tokens.features.shape[1]:
+        if pruner is None or pruner.budget.fewest(tokens.num_original) >= tokens.features.shape[1]:
             return _Kept(tokens.features, tokens.mask, by_question=False)
         if not method.reads_text:
             pruned = pruner(tokens)
@@ -195,8 +213,9 @@ class Runner:
             piece = EncodedImages(tokens).select(batch.index[rows]).tokens
             if text is not None and words is not None:
                 piece = replace(piece, text=text[rows], text_mask=words[rows])
-            pieces.append(pruner(piece))
-        return _Kept(torch.cat([piece.features for piece in pieces]), torch.cat([piece.mask for piece in pieces]), True)
+            pruned = pruner(piece)
+            pieces.extend(features[mask] for features, mask in zip(pruned.features, pruned.mask, strict=True))
+        return _Kept.join(pieces)
 
     def _rows_at_once(self, tokens: VisualTokens) -> int:
         if tokens.features.device.type != "cpu":
@@ -225,12 +244,14 @@ class Runner:
         return words
 
     def _first_word(self, kept: _Kept | None, batch: _Batch) -> Int[Tensor, "q"]:
-        k = 0 if kept is None else kept.features.shape[1]
-        lines = [self._expanded(row, k) for row in batch.ids]
+        lengths = [0] * len(batch.ids) if kept is None else kept.lengths.tolist()
+        lines = [self._expanded(row, k) for row, k in zip(batch.ids, lengths, strict=True)]
         words = torch.empty(len(lines), dtype=torch.long, device=self.model.device)
         for group in _groups_of_similar_length([len(line) for line in lines]):
             ids, real = self._padded([lines[place] for place in group])
-            inputs = {} if kept is None else image_features_as_inputs(self.model, kept.features[group])
+            inputs = {}
+            if kept is not None:
+                inputs = image_features_as_inputs(self.model, [kept.features[row, : lengths[row]] for row in group])
             mask = None if real.all() else real
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
             last = real.sum(dim=1) - 1
@@ -246,9 +267,9 @@ class Runner:
             inputs = batch.inputs(with_image=False)
         else:
             inputs = batch.inputs(with_image=True)
-            features, mask = tokens.tokens.features, tokens.tokens.mask
+            kept = _Kept(tokens.tokens.features, tokens.tokens.mask, by_question=True)
             pruner = method.pruner
-            if pruner is not None and pruner.budget.resolve(tokens.tokens.num_original) < features.shape[1]:
+            if pruner is not None and pruner.budget.fewest(tokens.tokens.num_original) < kept.features.shape[1]:
                 text, words = batch.text(method) if method.reads_text else (None, None)
                 if text is not None:
                     tokens = replace(tokens, tokens=replace(tokens.tokens, text=text, text_mask=words))
@@ -256,13 +277,13 @@ class Runner:
                 short = prune_inputs(self.model, inputs, pruner, processor=self.processor, text=no_text, encoded=tokens)
                 inputs = short.inputs
                 assert short.features is not None
-                features, mask = short.features, torch.ones_like(short.features[..., 0], dtype=torch.bool)
+                rows = zip(short.features, short.lengths, strict=True)
+                kept = _Kept.join([features[:length] for features, length in rows])
             else:
                 inputs = {
                     **{name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")},
-                    **image_features_as_inputs(self.model, features),
+                    **image_features_as_inputs(self.model, kept.features),
                 }
-            kept = _Kept(features, mask, by_question=True)
         generate: Any = self.model.generate
         ids = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         answers = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -288,7 +309,7 @@ class Runner:
         }
 
     def _kappa(self, kept: _Kept, full: VisualTokens, batch: _Batch) -> Float[np.ndarray, "q"]:
-        if kept.features.shape[1] == full.features.shape[1]:
+        if kept.features.shape[1] == full.features.shape[1] and kept.mask.all():
             return np.zeros(len(batch.asked), dtype=np.float32)
         found = batch.reference(full, QUESTION).distances(
             ("kappa",), kept.features, kept.mask, by_question=kept.by_question
@@ -392,6 +413,14 @@ def blend_with_noise(text: Float[Tensor, "q t d"], share: float, keys: Sequence[
     direction = torch.nn.functional.normalize(text.float(), dim=-1)
     mixed = (1.0 - share) * direction + share * torch.nn.functional.normalize(noise.to(text.device), dim=-1)
     return (torch.nn.functional.normalize(mixed, dim=-1) * text.float().norm(dim=-1, keepdim=True)).to(text.dtype)
+
+
+def _of_questions(kept: _Kept | None, batch: _Batch) -> Int[np.ndarray, "q"]:
+    """Visual tokens that each question's prompt holds."""
+    if kept is None:
+        return np.zeros(len(batch.asked), dtype=np.int64)
+    lengths = kept.lengths if kept.by_question else kept.lengths[batch.index]
+    return lengths.cpu().numpy()
 
 
 def _rows_of_cache(cache: Any, rows: Int[Tensor, "q"], config: Any) -> Any:

@@ -200,6 +200,7 @@ def rows_of(
                     "method": [method.name] * q,
                     "pruner": [method.registered or method.name] * q,
                     "num_tokens": pl.Series([budget] * q, dtype=pl.Int32),
+                    "kept": pl.Series(each.kept, dtype=pl.Int32),
                     "text": [str(method.text)] * q,
                     "image": images,
                     "question": questions,

@@ -39,7 +39,7 @@ class Answers:
 
     Attributes:
         method: who.
-        num_tokens: visual tokens that the language model read.
+        kept: visual tokens that the language model read, by question. `q`.
         words: ids of the first new token, by question. `q`.
         correct: whether that is the answer, by question. `q`.
         kappa: shift of the features that reached the language model against those of an unpruned encoder pass, by
@@ -48,11 +48,16 @@ class Answers:
     """
 
     method: Method
-    num_tokens: int
+    kept: Int[np.ndarray, "q"]
     words: Int[np.ndarray, "q"]
     correct: Bool[np.ndarray, "q"]
     kappa: Float[np.ndarray, "q"] | None
     seconds: float
+
+    @property
+    def num_tokens(self) -> float:
+        """Visual tokens of a question: a whole number where all have the same, else their mean."""
+        return int(self.kept[0]) if (self.kept == self.kept[0]).all() else float(self.kept.mean())
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def evaluate(
     answers = tuple(
         Answers(
             method,
-            results[0][0].num_tokens,
+            np.concatenate([each.kept for each, _ in results]),
             np.concatenate([each.words for each, _ in results]),
             np.concatenate([correct for _, correct in results]),
             None if results[0][0].kappa is None else np.concatenate([each.kappa for each, _ in results]),  # type: ignore[misc]

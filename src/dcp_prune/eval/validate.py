@@ -400,7 +400,7 @@ def _pruner(text: str, budgets: Sequence[int], blueprint: _Blueprint | None) -> 
         spec = parse_spec(text)
         if spec.pruner == ALL_TOKENS:
             return Check(subject, "ok", "all visual tokens")
-        methods = [spec.at(budget) for budget in budgets]
+        methods = [spec.at(0)] if spec.is_adaptive else [spec.at(budget) for budget in budgets]
     except DcpPruneError as error:
         return Check(subject, "problem", str(error), "`dcp-prune list` shows the pruners")
     if not methods:
@@ -436,7 +436,7 @@ def _tried(subject: str, spec: Spec, methods: Sequence[Method], blueprint: _Blue
     inside = f", {len(stages)} stages inside the encoder" if stages else ""
     lacking = [signal.value for signal in Signal if signal in pruner.optional - given]
     without = f", does without {', '.join(lacking)}" if lacking else ""
-    counts = ", ".join(str(method.num_tokens) for method in methods)
+    counts = ", ".join(f"{'up to ' * method.is_adaptive}{method.num_tokens}" for method in methods)
     return Check(subject, "ok", f"{reads}{without}{inside}; keeps {counts} of {blueprint.num_tokens}")
 
 

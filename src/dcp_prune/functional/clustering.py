@@ -47,6 +47,38 @@ def facility_location(
 
 
 @torch.no_grad()
+def unmet_demand(
+    similarity: Float[Tensor, "b n n"],
+    picks: Int[Tensor, "b k"],
+    *,
+    demand: Float[Tensor, "b n"] | None = None,
+    mask: Bool[Tensor, "b n"] | None = None,
+) -> Float[Tensor, "b k"]:
+    """What the first pick, the first two, ..., all k of them leave to gain in `facility_location`, as a share.
+
+    1 - sum_i demand_i cover_i / sum_i demand_i max_j similarity_ij, where cover_i, at least 0, is token i's similarity
+    to its closest pick: 1 before any pick, 0 once all tokens are picked; it never rises from one pick to the next.
+    (Ours.)
+
+    Args:
+        similarity: `b n n`.
+        picks: positions among the n tokens, in the order of picking. `b k`.
+        demand: as for `facility_location`. `b n`.
+        mask: False marks padding, which asks for nothing and covers nothing. `b n`.
+    """
+    need = similarity.new_ones(similarity.shape[:2]) if demand is None else demand.to(similarity.dtype)
+    best = similarity
+    if mask is not None:
+        need = need.masked_fill(~mask, 0.0)
+        best = best.masked_fill(~mask.unsqueeze(1), 0.0)
+    total = (need * best.amax(dim=2).clamp(min=0.0)).sum(dim=1, keepdim=True)
+    columns = picks.unsqueeze(1).expand(*similarity.shape[:2], -1)
+    cover = similarity.gather(2, columns).clamp_(min=0.0).cummax(dim=2).values
+    met = (need.unsqueeze(1) @ cover).squeeze(1)
+    return torch.where(total > 0, 1.0 - met / total, 0.0).clamp(min=0.0)
+
+
+@torch.no_grad()
 def max_coverage(
     affinities: Sequence[Float[Tensor, "b r n"]],
     demands: Sequence[Float[Tensor, "b r"]],
@@ -93,14 +125,31 @@ def max_coverage(
 
 @torch.no_grad()
 def assign(
-    similarity: Float[Tensor, "b n n"], centres: Int[Tensor, "b k"], mask: Bool[Tensor, "b n"] | None = None
+    similarity: Float[Tensor, "b n n"],
+    centres: Int[Tensor, "b k"],
+    mask: Bool[Tensor, "b n"] | None = None,
+    centre_mask: Bool[Tensor, "b k"] | None = None,
 ) -> Int[Tensor, "b n"]:
-    """The slot in 0..k-1 of each token's most similar centre; centres belong to themselves, padding to -1. `b n`."""
+    """The slot in 0..k-1 of each token's most similar centre; centres belong to themselves, padding to -1. `b n`.
+
+    Args:
+        similarity: `b n n`.
+        centres: positions among the n tokens. `b k`.
+        mask: False marks padding among the tokens. `b n`.
+        centre_mask: False marks slots without a centre, which nothing joins. `b k`.
+    """
     b, k = centres.shape
     n = similarity.shape[1]
-    closest = similarity.gather(2, centres.unsqueeze(1).expand(b, n, k)).argmax(dim=2)
+    to_centres = similarity.gather(2, centres.unsqueeze(1).expand(b, n, k))
+    own = centres
+    if centre_mask is not None:
+        to_centres = to_centres.masked_fill_(~centre_mask.unsqueeze(1), -torch.inf)
+        own = centres.masked_fill(~centre_mask, n)  # the column behind the last
     slots = torch.arange(k, device=centres.device).expand(b, k)
-    closest = closest.scatter(1, centres, slots)  # of two identical centres neither may lose itself to the other
+    closest = to_centres.new_zeros(b, n + 1, dtype=torch.long)
+    closest[:, :n] = to_centres.argmax(dim=2)
+    # Of two identical centres neither may lose itself to the other.
+    closest = closest.scatter_(1, own, slots)[:, :n]
     return closest if mask is None else closest.masked_fill(~mask, -1)
 
 
@@ -116,12 +165,12 @@ def reselect(
 
     Args:
         similarity: `b n n`.
-        clusters: each token's cluster in 0..k-1, -1 for none; no cluster is empty. `b n`.
+        clusters: each token's cluster in 0..k-1, -1 for none. `b n`.
         k: number of clusters.
         bonus: added to a member's mean similarity, for example its relevance. `b n`.
 
     Returns:
-        One position per cluster, in the order of the clusters. `b k`.
+        One position per cluster, in the order of the clusters; 0 for an empty one. `b k`.
     """
     slots = torch.arange(k, device=clusters.device)
     member = clusters.unsqueeze(-1) == slots  # b n k

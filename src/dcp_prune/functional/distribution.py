@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError
@@ -174,6 +174,27 @@ def coverage(
         cosines = cosines.masked_fill(~kept_mask.unsqueeze(1), -1.0)
     missing = (1.0 - cosines.amax(dim=2)).clamp(min=0.0)
     return (_mass(full, full_mask, weights) * missing).sum(dim=1)
+
+
+@torch.no_grad()
+def coverage_of_prefixes(
+    full: Float[Tensor, "b n d"],
+    picks: Int[Tensor, "b k"],
+    *,
+    full_mask: Bool[Tensor, "b n"] | None = None,
+    weights: Float[Tensor, "b n"] | None = None,
+) -> Float[Tensor, "b k"]:
+    """`coverage` of the first pick, the first two, ..., all k of them at once; it never rises from one to the next.
+
+    Args:
+        full: `b n d`.
+        picks: positions among the n tokens, in the order of picking. `b k`.
+        full_mask: False marks padding among the full set. `b n`.
+        weights: of the full set's tokens; default: equal. `b n`.
+    """
+    closest = cosine_similarity(full, gather_tokens(full, picks)).cummax(dim=2).values
+    missing = (1.0 - closest).clamp(min=0.0)
+    return (_mass(full, full_mask, weights).unsqueeze(1) @ missing).squeeze(1)
 
 
 DISTANCES: Mapping[str, Distance] = MappingProxyType(

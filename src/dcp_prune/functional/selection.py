@@ -11,7 +11,12 @@ from torch import Tensor
 
 
 def masked_topk(scores: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None, k: int) -> Int[Tensor, "b k"]:
-    """Ascending positions of the k largest scores; on ties the earlier token wins, and padding never does.
+    """Ascending positions of the k largest scores; arguments as in `ranked_topk`. `b k`."""
+    return ranked_topk(scores, mask, k).sort(dim=1).values
+
+
+def ranked_topk(scores: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None, k: int) -> Int[Tensor, "b k"]:
+    """Positions of the k largest scores, best first; on ties the earlier token wins, and padding never does.
 
     Args:
         scores: higher is kept. `b n`.
@@ -21,8 +26,15 @@ def masked_topk(scores: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None, 
     if mask is not None:
         # A real token may score -inf and must still come before padding.
         scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~mask, -torch.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return order[:, :k].sort(dim=1).values
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+def sorted_prefix(picks: Int[Tensor, "b k"], filled: Bool[Tensor, "b k"] | None) -> Int[Tensor, "b k"]:
+    """Picks in ascending order; with `filled`, which marks the first few of each row, only those, and 0 behind them."""
+    if filled is None:
+        return picks.sort(dim=1).values
+    behind = torch.iinfo(picks.dtype).max
+    return picks.masked_fill(~filled, behind).sort(dim=1).values.masked_fill(~filled, 0)
 
 
 @torch.no_grad()

@@ -257,10 +257,10 @@ class _Images:
         )
 
     def kept_whole(self, budget: Budget) -> list[bool]:
-        """Of which images the budget keeps every token."""
+        """Of which images the budget keeps every token, whatever they show."""
         return [
             all(
-                budget.resolve(length) >= length
+                budget.fewest(length) >= length
                 for length in (layout.tile_lengths if budget.scope == "tile" else (sum(layout.tile_lengths),))
             )
             for layout in self.layouts

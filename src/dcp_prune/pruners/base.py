@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dcp_prune.budget import Budget, Scope
+from dcp_prune.budget import Budget, Scope, is_range
 from dcp_prune.errors import InvalidInputError, MissingSignalError
 from dcp_prune.functional.selection import masked_topk
 from dcp_prune.functional.similarity import gather_tokens, widened
@@ -65,12 +65,15 @@ class Selection:
         assignment: for each of the n tokens the slot in 0..k-1 that absorbed it, -1 if dropped; None means that every
             token but the kept ones was dropped. `b n`.
         stats: numbers for the record.
+        mask: False marks slots that an image leaves empty, where a range lets it keep fewer than k; they come last and
+            `kept` holds any position there. `b k`, or None if every image keeps k.
     """
 
     kept: Int[Tensor, "b k"]
     features: Float[Tensor, "b k d"] | None = None
     assignment: Int[Tensor, "b n"] | None = None
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Bool[Tensor, "b k"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +81,14 @@ class Pruner(ABC):
     """Turns `VisualTokens` into `PrunedTokens`; configuration, repr and cache key at once.
 
     Attributes:
-        num_tokens: visual tokens to keep per image; give this or `keep_ratio`.
-        keep_ratio: share of the visual tokens to keep per image, in (0, 1].
+        num_tokens: visual tokens to keep per image; give this or `keep_ratio`. A range (fewest, most) is for pruners
+            that can pick from it (`DCPPruner.max_distance`); others refuse it.
+        keep_ratio: share of the visual tokens to keep per image, in (0, 1]; or a range, likewise.
         scope: whether the budget is for an `image` with all its tiles, or for each `tile`.
     """
 
-    num_tokens: int | None = None
-    keep_ratio: float | None = None
+    num_tokens: int | tuple[int, int] | None = None
+    keep_ratio: float | tuple[float, float] | None = None
     scope: Scope = "image"
 
     requires: ClassVar[frozenset[Signal]] = frozenset()
@@ -93,10 +97,25 @@ class Pruner(ABC):
     """Signals that the method uses where they exist."""
 
     def __post_init__(self) -> None:
-        Budget(self.num_tokens, self.keep_ratio, self.scope)
+        for name in ("num_tokens", "keep_ratio"):
+            if is_range(given := getattr(self, name)):
+                object.__setattr__(self, name, tuple(given))  # a list, as from a file, has no hash
+        _ = self.budget  # refuses what makes no sense
 
     @property
     def budget(self) -> Budget:
+        """What the fields say.
+
+        Raises:
+            InvalidInputError: it makes no sense, or is a range, which only a pruner that measures what it leaves out
+                can pick from.
+        """
+        for name in ("num_tokens", "keep_ratio"):
+            if is_range(given := getattr(self, name)):
+                raise InvalidInputError(
+                    f"{type(self).__name__} keeps a fixed number of tokens, so {name} must be one number, got the "
+                    f"range {given!r}; DCPPruner(max_distance=...) picks from a range"
+                )
         return Budget(self.num_tokens, self.keep_ratio, self.scope)
 
     @property
@@ -115,6 +134,9 @@ class Pruner(ABC):
 
         It runs with autocast off. Padding is zero and masked; a row with fewer than k real tokens comes with its first
         padded ones marked real, and all of those are masked again in what `__call__` returns.
+
+        Where the budget is a range, k is the most of it, at most n; `Selection.mask` says how many each row keeps, none
+        of them padding, and no padding is marked real.
         """
 
     def read(self, tokens: VisualTokens, signal: Signal) -> Tensor:
@@ -142,19 +164,22 @@ class Pruner(ABC):
         """
         padded = self._guard(tokens)
         if self.scope == "tile" and tokens.tiles is not None:
-            return join_tiles(self._prune_rows(split_tiles(tokens), padded=True), tokens)
-        return self._prune_rows(tokens, padded)
+            pruned = join_tiles(self._prune_rows(split_tiles(tokens), padded=True), tokens)
+        else:
+            pruned = self._prune_rows(tokens, padded)
+        return _cut_to_longest(pruned) if self.budget.is_range else pruned
 
     def _prune_rows(self, tokens: VisualTokens, padded: bool) -> PrunedTokens:
-        budgets = [self.budget.resolve(length) for length in tokens.lengths]
+        budget = self.budget
+        budgets = [(budget.resolve(length), budget.fewest(length)) for length in tokens.lengths]
         if len(set(budgets)) == 1:
-            return self._prune_to(tokens, budgets[0], padded)
-        groups = [[row for row, k in enumerate(budgets) if k == each] for each in sorted(set(budgets))]
-        return regroup([self._prune_to(take_rows(tokens, rows), budgets[rows[0]], padded) for rows in groups], groups)
+            return self._prune_to(tokens, *budgets[0], padded)
+        groups = [[row for row, own in enumerate(budgets) if own == each] for each in sorted(set(budgets))]
+        return regroup([self._prune_to(take_rows(tokens, rows), *budgets[rows[0]], padded) for rows in groups], groups)
 
-    def _prune_to(self, tokens: VisualTokens, k: int, padded: bool) -> PrunedTokens:
+    def _prune_to(self, tokens: VisualTokens, k: int, fewest: int, padded: bool) -> PrunedTokens:
         n = tokens.features.shape[1]
-        if k >= n:
+        if fewest >= n:
             return PrunedTokens(
                 features=tokens.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0),
                 indices=tokens.indices.masked_fill(~tokens.mask, -1),
@@ -162,10 +187,15 @@ class Pruner(ABC):
                 assignment=tokens.assignment,
                 stats={},
             )
-        offered = replace(_blank_padding(tokens), mask=_offer_at_least(tokens.mask, k)) if padded else tokens
+        offered = tokens
+        if padded:
+            least = 0 if self.budget.is_range else k
+            offered = replace(_blank_padding(tokens), mask=_offer_at_least(tokens.mask, least))
         with torch.autocast(tokens.features.device.type, enabled=False):
-            chosen = _padding_last(self._prune_in_parts(offered, k), tokens.mask)
-        real = tokens.mask.gather(1, chosen.kept)
+            chosen = self._prune_in_parts(offered, min(k, n))
+        if chosen.mask is None:
+            chosen = _padding_last(chosen, tokens.mask)
+        real = tokens.mask.gather(1, chosen.kept) if chosen.mask is None else chosen.mask
         features = gather_tokens(offered.features, chosen.kept) if chosen.features is None else chosen.features
         return PrunedTokens(
             features=features.masked_fill(~real.unsqueeze(-1), 0.0),
@@ -291,6 +321,18 @@ def _join(parts: Sequence[Selection]) -> Selection:
         features=torch.cat(features) if features else None,
         assignment=torch.cat(assignments) if assignments else None,
         stats={name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats},
+        mask=None if parts[0].mask is None else torch.cat([part.mask for part in parts if part.mask is not None]),
+    )
+
+
+def _cut_to_longest(pruned: PrunedTokens) -> PrunedTokens:
+    """The same without slots that no image fills; the host waits for the device once."""
+    longest = int(pruned.mask.sum(dim=1).max().item())
+    return replace(
+        pruned,
+        features=pruned.features[:, :longest],
+        indices=pruned.indices[:, :longest],
+        mask=pruned.mask[:, :longest],
     )
 
 
@@ -317,4 +359,6 @@ def _assignment(chosen: Selection, n: int) -> Int[Tensor, "b n"]:
         return chosen.assignment
     b, k = chosen.kept.shape
     slots = torch.arange(k, device=chosen.kept.device).expand(b, k)
-    return torch.full((b, n), -1, dtype=torch.long, device=chosen.kept.device).scatter(1, chosen.kept, slots)
+    # The column behind the last takes what empty slots hold.
+    kept = chosen.kept if chosen.mask is None else chosen.kept.masked_fill(~chosen.mask, n)
+    return torch.full((b, n + 1), -1, dtype=torch.long, device=kept.device).scatter(1, kept, slots)[:, :n]

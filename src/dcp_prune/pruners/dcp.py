@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dcp_prune.budget import Budget
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.functional.clustering import assign, facility_location, reselect
-from dcp_prune.functional.distribution import DISTANCES, kappa
+from dcp_prune.functional.clustering import assign, facility_location, reselect, unmet_demand
+from dcp_prune.functional.distribution import DISTANCES, coverage_of_prefixes, kappa
 from dcp_prune.functional.graph import context_to_anchor_graph, propagate
 from dcp_prune.functional.relevance import (
     smooth_over_lookalikes,
@@ -27,7 +28,7 @@ from dcp_prune.functional.relevance import (
     word_similarity,
     word_strength,
 )
-from dcp_prune.functional.selection import farthest_point, masked_topk
+from dcp_prune.functional.selection import farthest_point, ranked_topk, sorted_prefix
 from dcp_prune.functional.similarity import cosine_similarity, gather_tokens, scale_to_peak, squared_distance
 from dcp_prune.pruners.base import EncoderStage, Pruner, Selection, missing_signals
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
@@ -36,6 +37,7 @@ Partition = Literal["farthest", "coverage", "saliency"]
 Centres = Literal["facility_location", "k_center"]
 Gate = Literal["confidence", "none"]
 Space = Literal["language", "encoder"]
+Bounded = Literal["demand", "coverage"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ class AnchorContextStage(EncoderStage):
             with torch.no_grad():
                 similarity = None if self.anchors == "saliency" else cosine_similarity(tokens.features)
                 anchors = partition(self.anchors, self.num_tokens, similarity, tokens.cls_attention, None)
+                anchors = anchors.sort(dim=1).values
                 graph = context_to_anchor_graph(
                     tokens.features,
                     tokens.positions,
@@ -100,13 +103,27 @@ class DCPPruner(Pruner):
     selected anew: k representatives that cover what is salient and what the question speaks of, the clusters around
     them, and from each cluster the member that stands for it best. Without a question it covers the image alone.
 
+    With `max_distance` each image, under its own question, gets a budget of its own from a range: the fewest cluster
+    centres whose distance to all tokens lies below the bound. In all else it is as with that number as fixed budget.
+    The centres are greedy, so those of every budget are known at once. (Ours.)
+
     `stats` of the result: `kappa` (of the kept tokens against all n, `b`), `distance` (the trigger's, of the first
-    choice, `b`), `reselected` (`b`), `scores` (how much each token asks to be covered, `b n`), and with a question
-    `relevance` (`b n`) and `confidence` (of its surest word, `b`).
+    choice, `b`), `reselected` (`b`), `scores` (how much each token asks to be covered, `b n`), with a question
+    `relevance` (`b n`) and `confidence` (of its surest word, `b`), and with `max_distance` what was `reached` (`b`).
 
     Attributes:
-        num_tokens: visual tokens to keep per image; give this or `keep_ratio`.
-        keep_ratio: share of the visual tokens to keep per image, in (0, 1].
+        num_tokens: visual tokens to keep per image; give this or `keep_ratio`. With `max_distance` a range
+            (fewest, most), whose ends hold whatever the distance is.
+        keep_ratio: share of the visual tokens to keep per image, in (0, 1]; with `max_distance` a range of shares.
+
+        max_distance: bound on the distance of the greedy centres to the tokens at hand, at least 0: 0 keeps the most of
+            the range, inf the fewest. It is a bound on the centres; the members that stand for them in the end may lie
+            a little nearer or farther.
+        bounded: which distance that is. `demand`: the share of the demand that the centres leave unmet,
+            1 - sum_i w_i max_j R_ij (j a centre) / sum_i w_i max_j R_ij (j any token), in [0, 1], with w and R as in
+            `coverage_weight` and `centre_temperature`. `coverage`: sum_i r_i (1 - max_j cos(x_i, x_j)) / sum_i r_i, in
+            [0, 2], with r = relevance ** `relevance_power` (without a question w), the trigger's default: better where
+            words surely find their patches, worse elsewhere (docs/results.md).
 
         schedule: ACGR stages as pairs (after, keep), strictly decreasing in what they keep. `after` is a 0-based layer,
             or as a float the share of the encoder's depth that has passed; `keep` is a count, or as a float a share of
@@ -159,6 +176,9 @@ class DCPPruner(Pruner):
 
     optional: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES, Signal.TEXT})
 
+    max_distance: float | None = None
+    bounded: Bounded = "demand"
+
     schedule: tuple[tuple[int | float, int | float], ...] = ()
     anchors: Partition = "farthest"
     recovery: float = 0.0
@@ -198,6 +218,7 @@ class DCPPruner(Pruner):
             ("space", get_args(Space)),
             ("centres", get_args(Centres)),
             ("gate", get_args(Gate)),
+            ("bounded", get_args(Bounded)),
         ):
             value = getattr(self, name)
             _require(value in choices, name, f"be one of {', '.join(choices)}", value)
@@ -228,6 +249,10 @@ class DCPPruner(Pruner):
             endless or (_number(self.threshold) and self.threshold >= 0), "threshold", "be at least 0", self.threshold
         )
         object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.num_tokens, self.keep_ratio, self.scope, self.max_distance)
 
     def encoder_stages(self, num_original: int, num_layers: int) -> tuple[EncoderStage, ...]:
         """The ACGR stages for an image of `num_original` tokens and an encoder of `num_layers` layers in use.
@@ -282,29 +307,55 @@ class DCPPruner(Pruner):
         cosines, words = self._read_question(tokens, similarity)
         relevance = None if cosines is None or words is None else token_relevance(cosines, words)
         weights = self._weights(tokens, saliency, relevance)
+        asked = weights if relevance is None else relevance**self.relevance_power
+
+        shares = None
+        if self.centres == "facility_location" or (self.max_distance is not None and self.bounded == "demand"):
+            shares = self._representation(tokens, similarity, relevance)
+        centres = self._centres(tokens, similarity, shares, weights, k)
+        filled = reached = None
+        if self.max_distance is not None:
+            if self.bounded == "coverage":
+                reached = coverage_of_prefixes(visual, centres, full_mask=tokens.mask, weights=asked)
+            else:
+                assert shares is not None
+                reached = unmet_demand(shares, centres, demand=weights, mask=tokens.mask)
+            filled = self._below(self.max_distance, reached, tokens)
 
         # Both choices are always made and one is taken: shapes stay static and the host never waits for the device.
-        first = partition(self.first_choice, k, similarity, saliency, tokens.mask)
+        first = sorted_prefix(partition(self.first_choice, k, similarity, saliency, tokens.mask), filled)
         distance = DISTANCES[self.trigger](
             gather_tokens(visual, first),
             visual,
+            kept_mask=filled,
             full_mask=tokens.mask,
-            weights=self._trigger_weights(weights, relevance),
+            # Coverage of what the question speaks of predicts the loss best.
+            weights=asked if self.trigger == "coverage" else None,
         )
         severe = distance > self.threshold
         affinity = similarity if cosines is None or words is None else self._affinity(similarity, cosines, words)
-        again = self._cluster_selection(tokens, similarity, affinity, weights, saliency, relevance, k)
+        again = self._members(tokens, affinity, centres, filled, saliency, relevance)
         kept = torch.where(severe.unsqueeze(1), again, first)
 
         stats = {
-            "kappa": kappa(gather_tokens(visual, kept), visual, full_mask=tokens.mask),
+            "kappa": kappa(gather_tokens(visual, kept), visual, kept_mask=filled, full_mask=tokens.mask),
             "distance": distance,
             "reselected": severe,
             "scores": weights,
         }
         if words is not None and relevance is not None:
             stats |= {"relevance": relevance, "confidence": words.amax(dim=1)}
-        return Selection(kept=kept, assignment=assign(affinity, kept, tokens.mask), stats=stats)
+        if filled is not None and reached is not None:
+            last = (filled.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+            stats["reached"] = reached.gather(1, last).squeeze(1)
+        return Selection(kept=kept, assignment=assign(affinity, kept, tokens.mask, filled), stats=stats, mask=filled)
+
+    def _below(self, bound: float, reached: Float[Tensor, "b k"], tokens: VisualTokens) -> Bool[Tensor, "b k"]:
+        """The first centres of each image, as many as bring the distance below the bound, within the range."""
+        fewest = [self.budget.fewest(length) for length in tokens.lengths]
+        count = 1 + (reached >= bound).sum(dim=1)
+        count = count.maximum(torch.tensor(fewest, device=count.device)).minimum(tokens.mask.sum(dim=1))
+        return torch.arange(reached.shape[1], device=count.device) < count.unsqueeze(1)
 
     def _visual_features(self, tokens: VisualTokens) -> Float[Tensor, "b n d"]:
         if self.space == "language" or tokens.encoder is None:
@@ -342,14 +393,6 @@ class DCPPruner(Pruner):
             weights = weights + self.text_weight * relevance**self.relevance_power
         return weights.masked_fill(~tokens.mask, 0.0)
 
-    def _trigger_weights(
-        self, weights: Float[Tensor, "b n"], relevance: Float[Tensor, "b n"] | None
-    ) -> Float[Tensor, "b n"] | None:
-        """What the question speaks of, where there is one: coverage of that predicts the loss best."""
-        if self.trigger != "coverage":
-            return None
-        return weights if relevance is None else relevance**self.relevance_power
-
     def _affinity(
         self, similarity: Float[Tensor, "b n n"], cosines: Float[Tensor, "b n t"], words: Float[Tensor, "b t"]
     ) -> Float[Tensor, "b n n"]:
@@ -359,32 +402,39 @@ class DCPPruner(Pruner):
         a = self.text_affinity * words.amax(dim=1)[:, None, None]
         return (1.0 - a) * similarity + a * cosine_similarity(cosines * words.unsqueeze(1))
 
-    def _cluster_selection(
+    def _centres(
         self,
         tokens: VisualTokens,
         similarity: Float[Tensor, "b n n"],
-        affinity: Float[Tensor, "b n n"],
+        shares: Float[Tensor, "b n n"] | None,
         weights: Float[Tensor, "b n"],
-        saliency: Float[Tensor, "b n"] | None,
-        relevance: Float[Tensor, "b n"] | None,
         k: int,
     ) -> Int[Tensor, "b k"]:
-        """TATCS: centres, clusters around them, the best member of each cluster; ascending."""
-        mask = tokens.mask
+        """TATCS: cluster centres, in the order of picking, so the first of them are those of a smaller budget."""
         if self.centres == "facility_location":
-            shares = self._representation(tokens, similarity, relevance)
-            centres = facility_location(shares, k, demand=weights, mask=mask)
-        else:
-            centres = farthest_point(similarity, k, weights=weights, mask=mask)
+            assert shares is not None
+            return facility_location(shares, k, demand=weights, mask=tokens.mask)
+        return farthest_point(similarity, k, weights=weights, mask=tokens.mask)
+
+    def _members(
+        self,
+        tokens: VisualTokens,
+        affinity: Float[Tensor, "b n n"],
+        centres: Int[Tensor, "b k"],
+        filled: Bool[Tensor, "b k"] | None,
+        saliency: Float[Tensor, "b n"] | None,
+        relevance: Float[Tensor, "b n"] | None,
+    ) -> Int[Tensor, "b k"]:
+        """TATCS: clusters around the centres, the best member of each cluster; ascending."""
         if not self.reselect_members:
-            return centres.sort(dim=1).values
-        bonus = torch.zeros_like(weights)
+            return sorted_prefix(centres, filled)
+        bonus = torch.zeros_like(tokens.mask, dtype=affinity.dtype)
         if relevance is not None:
             bonus = bonus + self.member_relevance * relevance
         if saliency is not None:
             bonus = bonus + self.member_saliency * saliency
-        clusters = assign(affinity, centres, mask)
-        return reselect(affinity, clusters, k, bonus=bonus).sort(dim=1).values
+        clusters = assign(affinity, centres, tokens.mask, filled)
+        return sorted_prefix(reselect(affinity, clusters, centres.shape[1], bonus=bonus), filled)
 
     def _representation(
         self, tokens: VisualTokens, similarity: Float[Tensor, "b n n"], relevance: Float[Tensor, "b n"] | None
@@ -418,7 +468,7 @@ def partition(
     saliency: Float[Tensor, "b n"] | None,
     mask: Bool[Tensor, "b n"] | None,
 ) -> Int[Tensor, "b m"]:
-    """Splits tokens into m anchors and the rest; ascending positions of the anchors.
+    """Splits tokens into m anchors and the rest; positions of the anchors in the order of picking.
 
     Args:
         rule: `farthest`, `coverage` or `saliency`, as in `DCPPruner.anchors`.
@@ -433,11 +483,11 @@ def partition(
     if rule == "saliency":
         if saliency is None:
             raise missing_signals("the partition rule 'saliency'", Signal.CLS_ATTENTION)
-        return masked_topk(saliency, mask, m)
+        return ranked_topk(saliency, mask, m)
     assert similarity is not None
     if rule == "coverage":
-        return facility_location(similarity, m, merit=saliency, mask=mask).sort(dim=1).values
-    return farthest_point(similarity, m, mask=mask).sort(dim=1).values
+        return facility_location(similarity, m, merit=saliency, mask=mask)
+    return farthest_point(similarity, m, mask=mask)
 
 
 def _checked_schedule(

@@ -32,14 +32,17 @@ class Entry:
     Attributes:
         label: as it was typed, for example `dcp(text_weight=0)@wrong`.
         pruner: its registered name, or `NONE`.
-        num_tokens: the budget; for `NONE` 0 without an image, else the largest number of tokens of an image.
+        num_tokens: the budget, of a range the most; for `NONE` 0 without an image, else the largest number of tokens of
+            an image.
         text: what the pruner read of the question.
+        is_adaptive: whether a bound gave each question a number of tokens of its own.
     """
 
     label: str
     pruner: str
     num_tokens: int
     text: str = QUESTION
+    is_adaptive: bool = False
 
     @property
     def is_contender(self) -> bool:
@@ -71,6 +74,7 @@ class Cell:
         images: how many there are, `g`.
         image, task: of each question. `q`.
         score: of each answer, 0 to 1. `m q`.
+        kept: visual tokens that the language model read. `m q`.
         distances: `kappa`, `eval.NAME` and `run.NAME`; NaN where there is none. `m q` each.
         notes: one sentence for each thing about the records that a reader should know.
     """
@@ -85,6 +89,7 @@ class Cell:
     image: Int[np.ndarray, " q"]
     task: Int[np.ndarray, " q"]
     score: Float[np.ndarray, "m q"]
+    kept: Float32[np.ndarray, "m q"]
     distances: Mapping[str, Float32[np.ndarray, "m q"]]
     notes: tuple[str, ...] = ()
 
@@ -199,7 +204,16 @@ def _cell(name: str, group: Sequence[tuple[Path, Records]]) -> Cell:
         raise RecordsError(
             f"a method of {_paths(group)} has two pruners or text conditions; sweep them into other folders"
         )
-    entries = [Entry(*row) for row in methods.select("method", "pruner", "num_tokens", "text").iter_rows()]
+    adaptive = {
+        (method["method"], method["num_tokens"])
+        for _, records in group
+        for method in records.manifest["methods"]
+        if (method.get("options") or {}).get("max_distance") is not None
+    }
+    entries = [
+        Entry(*row, is_adaptive=(row[0], row[2]) in adaptive)
+        for row in methods.select("method", "pruner", "num_tokens", "text").iter_rows()
+    ]
     order = sorted(range(len(entries)), key=lambda place: (entries[place].label, -entries[place].num_tokens))
     entries = [entries[place] for place in order]
     _check_complete(rows, len(questions), group)
@@ -224,6 +238,8 @@ def _cell(name: str, group: Sequence[tuple[Path, Records]]) -> Cell:
     if np.isnan(score).any():
         worst = entries[int(np.isnan(score).any(axis=1).argmax())]
         raise RecordsError(f"{worst.label} at {worst.num_tokens} tokens has answers without a score in {_paths(group)}")
+    budgets = np.array([[entry.num_tokens] for entry in entries], dtype=np.float32)
+    kept = spread("kept") if "kept" in rows.columns else np.full(shape, np.nan, dtype=np.float32)
     tasks, task = np.unique(questions["task"].to_numpy(), return_inverse=True)
     images, image = np.unique(questions["image"].to_numpy(), return_inverse=True)
     cell = Cell(
@@ -237,6 +253,7 @@ def _cell(name: str, group: Sequence[tuple[Path, Records]]) -> Cell:
         image=image,
         task=task,
         score=score,
+        kept=np.where(np.isnan(kept), budgets, kept),  # records that do not say it had fixed budgets only
         distances={column: spread(column) for column in distances},
     )
     return Cell(**{**cell.__dict__, "notes": tuple(_notes(cell))})

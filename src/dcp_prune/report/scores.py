@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -162,11 +163,39 @@ class Scores:
             Lead(entry, self.cell.entries[base], self.lead(place, base))
             for place, entry in enumerate(self.cell.entries)
             for base in (self.cell.place(pruner, entry.num_tokens),)
-            if base not in (None, place) and (entry.pruner == pruner or entry.pruner.startswith(f"{pruner}_"))
+            if base not in (None, place)
+            and not entry.is_adaptive
+            and (entry.pruner == pruner or entry.pruner.startswith(f"{pruner}_"))
         ]
         if not found:
             raise GapError(f"no variant of `{pruner}` was measured beside `{pruner}`")
         return found
+
+    @cached_property
+    def mean_kept(self) -> Float[np.ndarray, "r m"]:
+        """Visual tokens that the language model read, mean over the questions of each draw."""
+        totals = self.resampling.totals(self.sums(self.cell.kept)).sum(axis=-1)
+        return totals / self._counts.sum(axis=-1, keepdims=True)
+
+    def at_same_mean(self, place: int) -> Float[np.ndarray, " r"]:
+        """Relative score of the same pruner with fixed budgets and, in each draw, the mean number of tokens of an
+        adaptive method: some questions get the whole number below that mean, the others the one above it.
+
+        Raises:
+            GapError: a fixed budget that this takes was not measured.
+        """
+        entry, mean = self.cell.entries[place], self.mean_kept[:, place]
+        wanted = np.arange(math.floor(mean.min()), math.ceil(mean.max()) + 1)
+        found = {int(budget): self.cell.place(entry.pruner, int(budget)) for budget in wanted}
+        places = [place for place in found.values() if place is not None]
+        if len(places) < len(wanted):
+            missing = ", ".join(str(budget) for budget, place in found.items() if place is None)
+            raise GapError(f"`{entry.pruner}` was not measured at {missing} tokens, beside `{entry.label}`")
+        below = np.minimum(np.floor(mean).astype(int) - wanted[0], max(len(wanted) - 2, 0))
+        above = np.minimum(below + 1, len(wanted) - 1)
+        share = mean - wanted[below]
+        fixed, draws = self.relative[:, places], np.arange(len(mean))
+        return (1 - share) * fixed[draws, below] + share * fixed[draws, above]
 
     def with_text(self, pruner: str, text: str, num_tokens: int) -> int | None:
         """Row of a pruner as it comes but for what it reads of the question."""

@@ -154,6 +154,14 @@ def ablation(analyses: Sequence[Analysis], out: Output) -> str:
     return _each(analyses, lambda analysis: _ablation(analysis, out))
 
 
+def adaptive(analyses: Sequence[Analysis], out: Output) -> str:
+    """Budgets that a bound picks for each question, against fixed ones of the same mean."""
+    found = [analysis for analysis in analyses if any(entry.is_adaptive for entry in analysis.cell.entries)]
+    if not found:
+        return "*Every method had a fixed budget.*"
+    return _each(found, lambda analysis: _adaptive(analysis, out))
+
+
 def text(analyses: Sequence[Analysis], out: Output) -> str:
     """DCP-Prune and MMTok with a damaged question."""
     return _each(analyses, lambda analysis: _text(analysis, out))
@@ -345,6 +353,29 @@ def _ablation(analysis: Analysis, out: Output) -> str:
     )
 
 
+def _adaptive(analysis: Analysis, out: Output) -> str:
+    cell, scores = analysis.cell, analysis.scores
+    places = [place for place, entry in enumerate(cell.entries) if entry.is_adaptive]
+    places.sort(key=lambda place: scores.mean_kept[0, place])
+    header = ["method", "tokens, mean", "5 % to 95 %", "relative score", "fixed, same mean", "difference", ""]
+    table = Table(header, left=frozenset({6}))
+    rows: list[Sequence[Field]] = []
+    for place in places:
+        own, fixed = 100 * scores.relative[:, place], 100 * scores.at_same_mean(place)
+        low, high = np.quantile(cell.kept[place], (0.05, 0.95))
+        intervals = [scores.resampling.interval(draws) for draws in (scores.mean_kept[:, place], own, fixed)]
+        tokens, *relative = (Number(interval) for interval in intervals)
+        difference = _with_verdicts([scores.resampling.interval(own - fixed)])
+        rows.append([f"`{cell.entries[place].label}`", tokens, f"{low:.0f} to {high:.0f}", *relative, *difference])
+    table.add("", rows)
+    return _paragraphs(
+        out.table(f"adaptive-{cell.slug}", table),
+        "<sub>Relative scores in per cent, differences in points and paired, with 95 % intervals over images. Fixed, "
+        "same mean: the same pruner with the whole number of tokens below that mean for some questions and the one "
+        "above it for the others, so many that the mean is the same, in every draw of images.</sub>",
+    )
+
+
 def _text(analysis: Analysis, out: Output) -> str:
     from dcp_prune.viz.plots import Apart, noise_curves
 
@@ -486,6 +517,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Analysis], Output], str]]] = {
     "radar": ("Relative scores per task", radars),
     "leads": (f"Leads of {OURS}", leads),
     "ablation": (f"What the parts of {OURS} are worth", ablation),
+    "adaptive": ("Adaptive budgets", adaptive),
     "text": ("Noise in the question", text),
     "prediction": ("What predicts the loss", prediction),
 }
