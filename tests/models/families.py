@@ -14,6 +14,10 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     GemmaConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    Idefics3VisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -31,16 +35,22 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMVisionConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from dcp_prune.models import get_adapter
 from dcp_prune.pruners.base import ScorePruner
 from dcp_prune.tokens import VisualTokens
 from tiny_llava import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, build_processor
@@ -79,7 +89,8 @@ class OddOnesPruner(ScorePruner):
     """Keeps what looks least like the rest."""
 
     def score(self, tokens: VisualTokens) -> torch.Tensor:
-        middle = tokens.features.median(dim=1, keepdim=True).values
+        real = tokens.features.masked_fill(~tokens.mask.unsqueeze(2), torch.nan)
+        middle = real.nanmedian(dim=1, keepdim=True).values
         return (tokens.features - middle).norm(dim=2)
 
 
@@ -486,6 +497,93 @@ class Qwen3VL(Qwen2VL):
         return {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 48} | deepstack | self.shared
 
 
+class Idefics3(Family):
+    """Pictures are scaled to two tiles along their longer side, or without `split` to one tile."""
+
+    name = "idefics3"
+    staged = False
+    tile, patch, scale = 56, 7, 2
+    split = True
+
+    def build(self) -> Any:
+        config = Idefics3Config(
+            vision_config=self.vision_config(Idefics3VisionConfig),
+            text_config=text_config(),
+            image_token_id=IMAGE_ID,
+            scale_factor=self.scale,
+        )
+        model = Idefics3ForConditionalGeneration(config)
+        sharpen(model.model.vision_model)
+        return model
+
+    def vision_config(self, kind: type) -> Any:
+        return kind(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=self.tile,
+            patch_size=self.patch,
+        )
+
+    def image_processor(self) -> Any:
+        return Idefics3ImageProcessorPil
+
+    @cached_property
+    def processor(self) -> Any:
+        plain: Any = build_processor()
+        names = [f"<row_{row}_col_{col}>" for row in range(1, 4) for col in range(1, 4)]
+        plain.tokenizer.add_tokens(["<global-img>", *names], special_tokens=True)
+        plain.tokenizer.add_tokens(["\n"])
+        images = self.image_processor()(
+            size={"longest_edge": 2 * self.tile},
+            max_image_size={"longest_edge": self.tile},
+            do_image_splitting=self.split,
+        )
+        length = (self.tile // self.patch // self.scale) ** 2
+        return Idefics3Processor(images, plain.tokenizer, image_seq_len=length, chat_template=plain.chat_template)
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        return dict(
+            self.processor(
+                text=[f"<s> {prompt}" for prompt in prompts],
+                images=list(pictures) or None,
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+            )
+        )
+
+    def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """Releases differ in how they pack tiles."""
+        images = {name: inputs[name] for name in ("pixel_values", "pixel_attention_mask")}
+        with torch.no_grad():
+            packed = self.model.get_image_features(**images).pooler_output
+        lengths = [len(layout) for layout in get_adapter(self.model).layouts(inputs)]
+        return list(torch.cat([tile.flatten(0, -2) for tile in packed]).split(lengths))
+
+
+class SmolVLM(Idefics3):
+    """Its processor needs a video processor, and that torchvision; Idefics3's writes the same prompts."""
+
+    name = "smolvlm"
+    tile, patch, scale = 96, 8, 4
+
+    def build(self) -> Any:
+        config = SmolVLMConfig(
+            vision_config=self.vision_config(SmolVLMVisionConfig),
+            text_config=text_config(),
+            image_token_id=IMAGE_ID,
+            scale_factor=self.scale,
+        )
+        model = SmolVLMForConditionalGeneration(config)
+        sharpen(model.model.vision_model)
+        return model
+
+    def image_processor(self) -> Any:
+        return SmolVLMImageProcessorPil
+
+
 def sharpen(tower: Any) -> None:
     """Random SigLIP weights give pictures that hardly differ; these do."""
     for parameter in tower.parameters():
@@ -504,4 +602,6 @@ FAMILIES: tuple[Family, ...] = (
     Qwen2VL(),
     Qwen25VL(),
     Qwen3VL(),
+    Idefics3(),
+    SmolVLM(),
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 _ADAPTERS = {
+    "Idefics3ForConditionalGeneration": "dcp_prune.models.idefics3:Idefics3Adapter",
     "LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter",
     "LlavaForConditionalGeneration(pixtral)": "dcp_prune.models.pixtral:PixtralAdapter",
     "LlavaNextForConditionalGeneration": "dcp_prune.models.llava_next:LlavaNextAdapter",
@@ -31,6 +32,7 @@ _ADAPTERS = {
     "Qwen2VLForConditionalGeneration": "dcp_prune.models.qwen_vl:Qwen2VLAdapter",
     "Qwen2_5_VLForConditionalGeneration": "dcp_prune.models.qwen_vl:Qwen25VLAdapter",
     "Qwen3VLForConditionalGeneration": "dcp_prune.models.qwen_vl:Qwen3VLAdapter",
+    "SmolVLMForConditionalGeneration": "dcp_prune.models.idefics3:SmolVLMAdapter",
     "VideoLlavaForConditionalGeneration": "dcp_prune.models.video_llava:VideoLlavaAdapter",
 }
 """Name of the model's class -> `module:class` of its adapter, imported when a model asks for it; in brackets the model

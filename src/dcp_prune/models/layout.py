@@ -110,6 +110,23 @@ def tiled_layout(source: Int[Tensor, " N"], rows: int, cols: int, grid: tuple[in
     return ImageLayout(source, torch.cat((middle, corner)), boxes, num_tiles, grid)
 
 
+@lru_cache(maxsize=64)
+def mosaic_layout(down: int, across: int, grid: tuple[int, int]) -> ImageLayout:
+    """Tiles of down x across, row by row and each in raster order, then an overview of them all; no separators.
+
+    Args:
+        grid: (rows, cols) of tokens of a tile.
+    """
+    overview = plain_layout(*grid)
+    tile = torch.arange(down * across)
+    corner = torch.stack((tile // across, tile % across), dim=1) * torch.tensor(grid)
+    fine = (corner.unsqueeze(1) + overview.positions).flatten(0, 1)
+    extent = torch.tensor([down * grid[0], across * grid[1]]).float()
+    middle = (overview.boxes[:, :2] + overview.boxes[:, 2:]) / 2 * extent - 0.5
+    boxes = torch.cat((torch.cat((fine, fine + 1), dim=1) / extent.repeat(2), overview.boxes))
+    return ImageLayout(torch.arange(len(boxes)), torch.cat((fine, middle)), boxes, len(tile) + 1, grid)
+
+
 def tile_rows(layouts: Sequence[ImageLayout], images: Sequence[int]) -> list[int]:
     """Rows of the tiles of these images, where the tiles of all images are stacked."""
     ends = [0]

@@ -106,19 +106,27 @@ class Tower:
         stages: Sequence[Reduction],
         signals: AbstractSet[Signal],
         lap: Callable[[str], None],
+        real: Bool[Tensor, "t rows cols"] | None = None,
     ) -> Walk:
-        """Encodes tiles with reductions between layers; see `ModelAdapter.encode`."""
+        """Encodes tiles with reductions between layers; see `ModelAdapter.encode`.
+
+        Args:
+            real: False marks patches that pad a tile, where the tower's embeddings and layers take such a mask.
+        """
         plan = {stage.layer: stage for stage in stages}
         prefix = int(self.has_cls)
         embeddings = self.module.embeddings
         weight = embeddings.patch_embedding.weight
         pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
-        hidden = embeddings(pixels)
+        hidden = embeddings(pixels) if real is None else embeddings(pixels, real)
         if hasattr(self.module, "pre_layrnorm"):
             hidden = self.module.pre_layrnorm(hidden)
         blank = VisualTokens.from_features(hidden[:, prefix:], grid=self.grid(pixel_values))
         positions, indices, assignment = blank.positions, blank.indices, blank.assignment
-        mask = attention_mask = None  # of padding, where a stage keeps different numbers of tokens of different images
+        mask = attention_mask = None  # of padding, also where a stage keeps different numbers of tokens of images
+        if real is not None:
+            mask = real.flatten(1)
+            attention_mask = self._attention_mask(hidden, prefix, mask)
         state: Mapping[str, Tensor] = {}
         captured: dict[str, Any] = {}
         stats: list[Mapping[str, Tensor]] = []

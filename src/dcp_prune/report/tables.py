@@ -67,7 +67,7 @@ def models(result: Result) -> str:
     flags = ("images", "videos", "tiles", "in_encoder")
     body = [
         [
-            f"`{row['name'].removesuffix('ForConditionalGeneration')}`",
+            f"`{row['name'].replace('ForConditionalGeneration', '')}`",
             *("yes" if row[flag] else "no" for flag in flags),
             row["saliency"],
             ", ".join(f"`{name}`" for name in row["refused_pruners"]),
