@@ -13,6 +13,10 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Gemma3TextConfig,
     GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -41,6 +45,7 @@ from transformers import (
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -53,7 +58,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from dcp_prune.models import get_adapter
 from dcp_prune.pruners.base import ScorePruner
 from dcp_prune.tokens import VisualTokens
-from tiny_llava import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID, build_processor
+from tiny_llava import BOS_ID, CHAT_TEMPLATE, EOS_ID, IMAGE_ID, PAD_ID, build_processor
 
 TILE, PATCH = 56, 14
 SIZES = ((90, 90), (60, 120), (100, 40))
@@ -394,6 +399,70 @@ class Mistral3(Pixtral):
         return model
 
 
+class Gemma3(Family):
+    name = "gemma3"
+    staged = False
+    side = 112
+    image_id = 60
+    window = 4096
+    """Columns that a layer with a sliding window sees: here, all."""
+
+    def build(self) -> Any:
+        text = Gemma3TextConfig(
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            query_pre_attn_scalar=12,
+            initializer_range=0.15,
+            sliding_window=self.window,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            pad_token_id=PAD_ID,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+        )
+        config = Gemma3Config(
+            vision_config=siglip_config(self.side),
+            text_config=text,
+            mm_tokens_per_image=16,
+            image_token_index=self.image_id,
+            boi_token_index=self.image_id + 1,
+            eoi_token_index=self.image_id + 2,
+        )
+        model = Gemma3ForConditionalGeneration(config)
+        sharpen(model.model.vision_tower)
+        model.model.multi_modal_projector.mm_input_projection_weight.data.normal_(std=0.15)
+        return model
+
+    @cached_property
+    def processor(self) -> Any:
+        plain = build_processor()
+        marks = {"image_token": "<soft>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+        tokenizer = plain.tokenizer
+        fill = [f"<{number}>" for number in range(len(tokenizer), self.image_id)]
+        tokenizer.add_tokens([*fill, *marks.values()], special_tokens=True)
+        for name, mark in marks.items():
+            setattr(tokenizer, name, mark)
+            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(mark))
+        return Gemma3Processor(
+            image_processor=Gemma3ImageProcessorPil(size={"height": self.side, "width": self.side}),
+            tokenizer=tokenizer,
+            chat_template=CHAT_TEMPLATE.replace("<image>", "<boi>"),
+            image_seq_length=16,
+        )
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image], **options: Any) -> dict[str, Any]:
+        given = iter(pictures)
+        groups = [[next(given) for _ in range(prompt.count("<image>"))] for prompt in prompts]
+        text = ["<s> " + prompt.replace("<image>", "<boi>") for prompt in prompts]
+        return dict(
+            self.processor(text=text, images=groups if pictures else None, return_tensors="pt", padding=True, **options)
+        )
+
+
 def pixtral_config() -> PixtralVisionConfig:
     return PixtralVisionConfig(
         hidden_size=64,
@@ -596,6 +665,7 @@ FAMILIES: tuple[Family, ...] = (
     LlavaOnevision(),
     ScaledOnevision(),
     PaliGemma(),
+    Gemma3(),
     VideoLlava(),
     Pixtral(),
     Mistral3(),

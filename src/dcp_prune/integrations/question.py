@@ -263,7 +263,7 @@ def embed_words(
 
 def special_ids(model: Any, processor: Any) -> Int[Tensor, " s"]:
     """Ids that are no words: of the configs, and of the tokenizer where a processor was given."""
-    kinds = ("bos", "eos", "pad", "image", "video", "vision_start", "vision_end")
+    kinds = ("bos", "eos", "pad", "image", "video", "vision_start", "vision_end", "boi", "eoi")
     names = [f"{kind}_token_id" for kind in kinds]
     configs = (model.config, model.config.get_text_config(), model.generation_config)
     found: set[int] = set() if processor is None else set(processor.tokenizer.all_special_ids)

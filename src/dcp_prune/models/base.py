@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 _ADAPTERS = {
+    "Gemma3ForConditionalGeneration": "dcp_prune.models.gemma3:Gemma3Adapter",
     "Idefics3ForConditionalGeneration": "dcp_prune.models.idefics3:Idefics3Adapter",
     "LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter",
     "LlavaForConditionalGeneration(pixtral)": "dcp_prune.models.pixtral:PixtralAdapter",

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from dcp_prune.errors import InvalidInputError
 from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
-from dcp_prune.models.layout import ImageLayout, plain_layout
+from dcp_prune.models.layout import ImageLayout, one_tensor, plain_layout
 from dcp_prune.models.tower import Tower
 from dcp_prune.tokens import Signal
 
@@ -48,7 +48,12 @@ class PaliGemmaAdapter(ModelAdapter):
         return self.tower.grid(pixel_values)
 
     def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
-        pixels = images["pixel_values"]
+        pixels, side = images["pixel_values"], self.tower.module.config.image_size
+        if pixels.ndim != 4 or pixels.shape[-2:] != (side, side):
+            raise InvalidInputError(
+                f"{self.architecture} takes pixel_values as images x channels x {side} x {side}, got shape "
+                f"{tuple(pixels.shape)}; make them with the model's processor"
+            )
         return [plain_layout(*self.grid(pixels))] * pixels.shape[0]
 
     def encode(
@@ -68,4 +73,4 @@ class PaliGemmaAdapter(ModelAdapter):
     def hand_over(
         self, features: Iterable[Float[Tensor, "k d"]], deepstack: Sequence[Iterable[Float[Tensor, "k d"]]] = ()
     ) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
+        return BaseModelOutputWithPooling(pooler_output=one_tensor(features))  # type: ignore[arg-type]
