@@ -78,6 +78,20 @@ def test_logits_equal_the_unpruned_run_with_the_dropped_columns_masked(
     torch.testing.assert_close(logits[real], oracle[real], rtol=1e-5, atol=1e-5)
 
 
+def test_images_that_keep_different_numbers_of_tokens_run_together(family: Family, inputs: dict[str, Any]) -> None:
+    bounds = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+    pruners = (make_pruner("dcp", max_distance=bound, num_tokens=(2, 14)) for bound in bounds)
+    shorts = (prune_inputs(family.model, inputs, pruner) for pruner in pruners)
+    short = next(each for each in shorts if each.record and len({kept for _, kept in each.record.tokens_per_image}) > 1)
+    with torch.no_grad():
+        logits = family.model(**short.inputs).logits
+        oracle = run_with_dropped_columns_masked(family, inputs, short)
+    real = short.tensors["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], oracle[real], rtol=1e-5, atol=1e-5)
+    answers = family.model.generate(**short.inputs, num_beams=2, max_new_tokens=2)
+    assert torch.equal(short.restore(answers)[:, : short.width], inputs["input_ids"])
+
+
 def test_the_oracle_can_fail(family: Family, inputs: dict[str, Any]) -> None:
     short = prune_inputs(family.model, inputs, make_pruner("random", num_tokens=BUDGET))
     assert short.features is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -173,13 +173,6 @@ def pad_images(
         tiles=None if plain else pad([layout.source // layout.tile_size for layout in layouts]),
         tile_lengths=None if plain else tuple(layout.tile_lengths for layout in layouts),
     )
-
-
-def one_tensor(features: Iterable[Float[Tensor, "k d"]]) -> Float[Tensor, "i k d"]:
-    """Features of images for models that take no list: a row per image, or per token where images keep different
-    numbers of them. Such models only lay tokens one behind the other."""
-    rows = list(features)
-    return torch.stack(rows) if len(set(map(len, rows))) == 1 else torch.cat(rows).unsqueeze(1)
 
 
 def join_images(tokens: VisualTokens, layouts: Sequence[ImageLayout]) -> VisualTokens:

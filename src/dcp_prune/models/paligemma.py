@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
-from dcp_prune.models.layout import ImageLayout, one_tensor, plain_layout
+from dcp_prune.models.layout import ImageLayout, plain_layout
+from dcp_prune.models.outputs import as_one_tensor
 from dcp_prune.models.tower import Tower
 from dcp_prune.tokens import Signal
 
@@ -73,4 +74,4 @@ class PaliGemmaAdapter(ModelAdapter):
     def hand_over(
         self, features: Iterable[Float[Tensor, "k d"]], deepstack: Sequence[Iterable[Float[Tensor, "k d"]]] = ()
     ) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=one_tensor(features))  # type: ignore[arg-type]
+        return as_one_tensor(features)

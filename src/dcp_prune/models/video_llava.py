@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dcp_prune.models.llava import LlavaAdapter
+from dcp_prune.models.outputs import as_one_tensor
 
 
 class VideoLlavaAdapter(LlavaAdapter):
@@ -23,4 +23,4 @@ class VideoLlavaAdapter(LlavaAdapter):
     def hand_over(
         self, features: Iterable[Float[Tensor, "k d"]], deepstack: Sequence[Iterable[Float[Tensor, "k d"]]] = ()
     ) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))  # type: ignore[arg-type]
+        return as_one_tensor(features)
