@@ -579,6 +579,7 @@ class Idefics3(Family):
             vision_config=self.vision_config(Idefics3VisionConfig),
             text_config=text_config(),
             image_token_id=IMAGE_ID,
+            pad_token_id=PAD_ID,
             scale_factor=self.scale,
         )
         model = Idefics3ForConditionalGeneration(config)
@@ -643,6 +644,7 @@ class SmolVLM(Idefics3):
             vision_config=self.vision_config(SmolVLMVisionConfig),
             text_config=text_config(),
             image_token_id=IMAGE_ID,
+            pad_token_id=PAD_ID,
             scale_factor=self.scale,
         )
         model = SmolVLMForConditionalGeneration(config)

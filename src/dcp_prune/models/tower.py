@@ -118,15 +118,16 @@ class Tower:
         embeddings = self.module.embeddings
         weight = embeddings.patch_embedding.weight
         pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
-        hidden = embeddings(pixels) if real is None else embeddings(pixels, real)
+        hidden = embeddings(pixels) if real is None else embeddings(pixels, real.to(pixels.device))
         if hasattr(self.module, "pre_layrnorm"):
             hidden = self.module.pre_layrnorm(hidden)
         blank = VisualTokens.from_features(hidden[:, prefix:], grid=self.grid(pixel_values))
         positions, indices, assignment = blank.positions, blank.indices, blank.assignment
         mask = attention_mask = None  # of padding, also where a stage keeps different numbers of tokens of images
         if real is not None:
-            mask = real.flatten(1)
+            mask = real.flatten(1).to(hidden.device)
             attention_mask = self._attention_mask(hidden, prefix, mask)
+            mask = None if attention_mask is None else mask
         state: Mapping[str, Tensor] = {}
         captured: dict[str, Any] = {}
         stats: list[Mapping[str, Tensor]] = []
@@ -137,7 +138,7 @@ class Tower:
             wanted = signals if stage is None else stage.requires
             if stage is not None or number == self.num_layers - 1:
                 lap("encode")
-                captured = _capture(layer, hidden, prefix, wanted, mask)
+                captured = _capture(layer, hidden, prefix, wanted, None if mask is None else mask.to(hidden.device))
                 if self.over_all_heads is not None:
                     captured = {name: self.over_all_heads(mean) for name, mean in captured.items()}
                 lap("select")
