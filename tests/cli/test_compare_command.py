@@ -131,6 +131,7 @@ def test_questions_that_cannot_be_used_are_refused_by_line(
         (("--pruner", "dpc"), "did you mean dcp"),
         (("--pruner", "none"), "all tokens"),
         (("--pruner", "dcp@wrong"), "leave out @wrong"),
+        (("--pruner", "dcp(max_distance=0.4,num_tokens=(4,8))"), "leave out max_distance and the range"),
         (("--max-new-tokens", "0"), "at least 1"),
         (("--batch-size", "0"), "at least 1"),
         (("--json", "missing/out.json"), "does not exist"),

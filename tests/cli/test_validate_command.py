@@ -194,6 +194,8 @@ def test_a_hub_model_is_judged_by_its_config_and_its_download_by_the_disk(
         (("--pruner", "dcp(colour=1)"), "pruner dcp(colour=1)", "has no option 'colour'"),
         (("--pruner", "random@wrong"), "pruner random@wrong", "does not read the question"),
         (("--pruner", "cdpruner"), "pruner cdpruner", "CDPruner needs clip_similarity"),
+        (("--pruner", "dcp(max_distance=0.4)"), "pruner dcp(max_distance=0.4)", "no range that it picks from"),
+        (("--pruner", "mmtok(num_tokens=(4,8))"), "pruner mmtok(num_tokens=(4,8))", "which all pruners share"),
         (("--pruner", "dcp(schedule=((4, 100),))"), "pruner dcp(schedule=((4, 100),))", "at 16 tokens: schedule"),
         (("--num-tokens", "600"), "budget", "600 prunes nothing: that is more than"),
         (("--num-tokens", "-1"), "budget", "-1 visual tokens cannot be kept"),
@@ -210,6 +212,12 @@ def test_what_would_break_the_run_is_a_problem(
     found = checks(*arguments)[subject]
     assert found["state"] == "problem"
     assert cause in found["found"]
+
+
+def test_a_budget_of_its_own_is_tried_as_well(checks: Run) -> None:
+    label = "dcp(max_distance=0.4,num_tokens=(4,64))"
+    found = checks("--pruner", label, "--num-tokens", "16,8")[f"pruner {label}"]
+    assert (found["state"], "keeps up to 64 of 576" in found["found"]) == ("ok", True)
 
 
 def test_a_budget_of_all_tokens_is_a_warning(checks: Run) -> None:

@@ -48,6 +48,7 @@ class Sweep:
         score: Sequence[float] | np.ndarray,
         kappa: float | np.ndarray | None = None,
         options: Mapping[str, Any] | None = None,
+        kept: np.ndarray | None = None,
         **distances: np.ndarray,
     ) -> Sweep:
         pruner = label.partition("@")[0].partition("(")[0]
@@ -63,6 +64,7 @@ class Sweep:
                     "task": [TASKS[number] for number in self.task[:n]], "truth": ["yes"] * n, "answer": ["no"] * n,
                     "score": np.asarray(score, dtype=np.float32),
                     "kappa": [None] * n if kappa is None else np.broadcast_to(np.float32(kappa), n),
+                    **({} if kept is None else {"kept": np.asarray(kept, dtype=np.int32)}),
                     **{name: np.asarray(values, dtype=np.float32) for name, values in given.items()},
                 },
                 schema_overrides={"num_tokens": pl.Int32, "score": pl.Float32, "kappa": pl.Float32},

@@ -110,3 +110,56 @@ def test_a_rare_task_that_a_draw_misses_is_left_out_of_that_draw_only(sweep):
     assert relative[0] == 0.5
     assert set(np.unique(relative)) == {0.0, 0.5, 1.0}
     assert not np.isnan(relative).any()
+
+
+ADAPTIVE = "dcp(max_distance=0.4,num_tokens=(4,64))"
+BOUND = {"max_distance": 0.4}
+
+
+def place_of_adaptive(found: Scores) -> int:
+    place = found.cell.place(ADAPTIVE, 64)
+    assert place is not None
+    return place
+
+
+def test_an_adaptive_method_is_compared_with_fixed_budgets_of_its_mean(sweep):
+    kept = np.where(np.arange(240) < 180, 8, 9)  # 8.25 in the mean
+    made = sweep().add("none", 576, share(1.0, 1.0, 1.0)).add("dcp", 8, share(0.4, 0.6, 0.8))
+    made.add("dcp", 9, share(0.8, 0.8, 0.8)).add("dcp", 16, share(1.0, 1.0, 1.0))
+    found = scores(made.add(ADAPTIVE, 64, share(0.7, 0.7, 0.7), options=BOUND, kept=kept))
+    place = place_of_adaptive(found)
+    assert found.cell.entries[place].is_adaptive
+    assert found.mean_kept[0, place] == 8.25
+    mixed = found.at_same_mean(place)
+    eight, nine = (found.relative[:, found.cell.place("dcp", budget)] for budget in (8, 9))
+    assert mixed[0] == pytest.approx(0.75 * 0.6 + 0.25 * 0.8)
+    share_of_nine = found.mean_kept[:, place] - 8
+    assert share_of_nine.min() < 0.2 < 0.3 < share_of_nine.max(), "draws have means of their own"
+    np.testing.assert_allclose(mixed, (1 - share_of_nine) * eight + share_of_nine * nine)
+
+
+def test_a_whole_mean_needs_one_fixed_budget(sweep):
+    made = sweep().add("none", 576, share(1.0, 1.0, 1.0)).add("dcp", 8, share(0.4, 0.6, 0.8))
+    found = scores(made.add(ADAPTIVE, 64, share(0.7, 0.7, 0.7), options=BOUND, kept=np.full(240, 8)))
+    assert (found.at_same_mean(place_of_adaptive(found)) == found.relative[:, found.cell.place("dcp", 8)]).all()
+
+
+def test_without_the_neighbouring_fixed_budgets_there_is_no_comparison(sweep):
+    made = sweep().add("none", 576, share(1.0, 1.0, 1.0)).add("dcp", 8, share(0.4, 0.6, 0.8))
+    made.add("dcp", 16, share(1.0, 1.0, 1.0))
+    found = scores(made.add(ADAPTIVE, 64, share(0.7, 0.7, 0.7), options=BOUND, kept=np.where(TASK == 0, 8, 9)))
+    with pytest.raises(GapError, match=r"`dcp` was not measured at 9 tokens, beside .* with 8.7 in the mean"):
+        found.at_same_mean(place_of_adaptive(found))
+
+
+def test_an_adaptive_method_is_neither_a_contender_nor_a_variant_at_a_budget(sweep):
+    made = sweep().add("none", 576, share(1.0, 1.0, 1.0)).add("dcp", 64, share(0.4, 0.6, 0.8))
+    made.add("dcp(threshold=inf)", 64, share(0.4, 0.6, 0.6))
+    found = scores(made.add(ADAPTIVE, 64, share(0.7, 0.7, 0.7), options=BOUND, kept=np.full(240, 8)))
+    assert found.cell.contenders == ("dcp",)
+    assert [lead.entry.label for lead in found.variants()] == ["dcp(threshold=inf)"]
+
+
+def test_records_that_do_not_say_what_was_kept_had_fixed_budgets(sweep):
+    found = scores(sweep().add("none", 576, share(1.0, 1.0, 1.0)).add("dcp", 16, share(0.4, 0.6, 0.8)))
+    assert {float(row[0]) for row in found.mean_kept.T} == {16.0, 576.0}

@@ -49,6 +49,28 @@ def rows(text: str) -> dict[str, list[str]]:
     return {row[0].strip(" `*"): [field.strip() for field in row[1:]] for row in found}
 
 
+def test_adaptive_budgets_stand_beside_fixed_ones_of_the_same_mean(sweep):
+    made = sweep().add("none", 576, ONES).add("none", 0, 0 * ONES)
+    rng = np.random.default_rng(0)
+    luck = rng.random(240)
+    for budget in (7, 8, 9):
+        made.add("dcp", budget, luck < 0.1 * budget, 0.2)
+    label = "dcp(max_distance=0.4,num_tokens=(4,64))"
+    kept = np.tile([4, 12, 8], 80)
+    made.add(label, 64, luck < 0.95, 0.2, options={"max_distance": 0.4}, kept=kept)
+    text, files = part(made.write(), "adaptive")
+    (row,) = [row for name, row in rows(text).items() if name == label]
+    assert row[0].startswith("8.0")
+    assert row[1] == "4 to 12"
+    assert row[5] == "ahead"
+    assert float(row[4].split()[0]) == pytest.approx(float(row[2].split()[0]) - float(row[3].split()[0]), abs=0.11)
+    assert {"tables/adaptive-weak-crowded.md", "tables/adaptive-weak-crowded.tex"} <= files.keys()
+
+
+def test_without_adaptive_budgets_their_part_says_so(graded_folder):
+    assert part(graded_folder, "adaptive")[0] == "*Every method had a fixed budget.*"
+
+
 def test_every_part_is_there_and_every_link_leads_to_a_file(files):
     page = files["report.md"].decode()
     assert [title for title, _ in SECTIONS.values()] == re.findall(r"^## (.*)$", page, re.MULTILINE)

@@ -178,24 +178,30 @@ class Scores:
         return totals / self._counts.sum(axis=-1, keepdims=True)
 
     def at_same_mean(self, place: int) -> Float[np.ndarray, " r"]:
-        """Relative score of the same pruner with fixed budgets and, in each draw, the mean number of tokens of an
-        adaptive method: some questions get the whole number below that mean, the others the one above it.
+        """Relative score of the same pruner with fixed budgets and the mean number of tokens of an adaptive method.
+
+        Some questions get the whole number below that mean, the others the one above it. Draws have means of their own,
+        and where these lie beyond the measured budgets the line through the outermost two goes on.
 
         Raises:
-            GapError: a fixed budget that this takes was not measured.
+            GapError: one of the two whole numbers was not measured.
         """
         entry, mean = self.cell.entries[place], self.mean_kept[:, place]
-        wanted = np.arange(math.floor(mean.min()), math.ceil(mean.max()) + 1)
-        found = {int(budget): self.cell.place(entry.pruner, int(budget)) for budget in wanted}
-        places = [place for place in found.values() if place is not None]
-        if len(places) < len(wanted):
-            missing = ", ".join(str(budget) for budget, place in found.items() if place is None)
-            raise GapError(f"`{entry.pruner}` was not measured at {missing} tokens, beside `{entry.label}`")
-        below = np.minimum(np.floor(mean).astype(int) - wanted[0], max(len(wanted) - 2, 0))
-        above = np.minimum(below + 1, len(wanted) - 1)
-        share = mean - wanted[below]
-        fixed, draws = self.relative[:, places], np.arange(len(mean))
-        return (1 - share) * fixed[draws, below] + share * fixed[draws, above]
+        places = {e.num_tokens: at for at, e in enumerate(self.cell.entries) if e.label == entry.pruner}
+        budgets = np.array(sorted(places))
+        around = {math.floor(mean[0]), math.ceil(mean[0])}
+        if missing := sorted(around - set(budgets.tolist())):
+            raise GapError(
+                f"`{entry.pruner}` was not measured at {' and '.join(map(str, missing))} tokens, beside "
+                f"`{entry.label}` with {mean[0]:.1f} in the mean"
+            )
+        fixed = self.relative[:, [places[budget] for budget in budgets]]
+        if len(budgets) == 1:
+            return fixed[:, 0]
+        above = np.searchsorted(budgets, mean).clip(1, len(budgets) - 1)
+        share = (mean - budgets[above - 1]) / (budgets[above] - budgets[above - 1])
+        draws = np.arange(len(mean))
+        return (1 - share) * fixed[draws, above - 1] + share * fixed[draws, above]
 
     def with_text(self, pruner: str, text: str, num_tokens: int) -> int | None:
         """Row of a pruner as it comes but for what it reads of the question."""
