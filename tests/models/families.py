@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -55,12 +56,13 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from dcp_prune.models import get_adapter
+from dcp_prune.models import ModelAdapter, get_adapter
 from dcp_prune.pruners.base import ScorePruner
 from dcp_prune.tokens import VisualTokens
 from tiny_llava import BOS_ID, CHAT_TEMPLATE, EOS_ID, IMAGE_ID, PAD_ID, build_processor
 
 TILE, PATCH = 56, 14
+VIDEO_ID = 63
 SIZES = ((90, 90), (60, 120), (100, 40))
 """(height, width) of pictures, which are cut into different numbers of tiles and padded on different sides."""
 
@@ -132,11 +134,13 @@ class Family(ABC):
 
     Attributes:
         name: of the test.
+        modality: what the model calls the things that stand in the prompts.
         separated: whether the unpruned prompt holds separators, which are not kept.
         staged: whether tokens can be dropped inside the encoder whatever the picture.
     """
 
     name: str
+    modality = "image"
     separated = False
     staged = True
 
@@ -157,6 +161,15 @@ class Family(ABC):
         model.generation_config.pad_token_id = PAD_ID
         return model
 
+    @property
+    def adapter(self) -> ModelAdapter:
+        """Of what stands in the prompts."""
+        adapter = get_adapter(self.model)
+        if self.modality == "image":
+            return adapter
+        assert adapter.video is not None
+        return adapter.video
+
     def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """What the model itself makes of the images, one tensor each."""
         names = ("pixel_values", "pixel_values_images", "image_sizes", "batch_num_images", "image_grid_thw")
@@ -168,7 +181,7 @@ class Family(ABC):
         self, inputs: dict[str, Any], mask: torch.Tensor, laid: Sequence[torch.Tensor], deepstack: Sequence[Any]
     ) -> dict[str, Any]:
         """The unpruned prompt, masked, with these features at the placeholders of each image."""
-        places = inputs["input_ids"] == self.model.config.image_token_id
+        places = inputs["input_ids"] == self.adapter.image_token_id
         embeddings = self.model.get_input_embeddings()(inputs["input_ids"])
         return {
             "inputs_embeds": embeddings.masked_scatter(places.unsqueeze(-1), torch.cat(list(laid))),
@@ -482,10 +495,10 @@ class Qwen2VL(Family):
     kind: Any = Qwen2VLForConditionalGeneration
     rope: ClassVar[dict[str, Any]] = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10_000.0}
 
+    shared: ClassVar[dict[str, Any]] = {"depth": 4, "num_heads": 4, "patch_size": PATCH}
+
     def vision(self) -> dict[str, Any]:
         return {"embed_dim": 64, "hidden_size": 48, "mlp_ratio": 2} | self.shared
-
-    shared: ClassVar[dict[str, Any]] = {"depth": 4, "num_heads": 4, "patch_size": PATCH}
 
     def build(self) -> Any:
         text = {
@@ -503,7 +516,7 @@ class Qwen2VL(Family):
             "bos_token_id": BOS_ID,
             "eos_token_id": EOS_ID,
         }
-        tokens = {"image": IMAGE_ID, "video": 63, "vision_start": 61, "vision_end": 62}
+        tokens = {"image": IMAGE_ID, "video": VIDEO_ID, "vision_start": 61, "vision_end": 62}
         config = self.kind.config_class(
             vision_config=self.vision(), text_config=text, **{f"{name}_token_id": id for name, id in tokens.items()}
         )
@@ -519,8 +532,10 @@ class Qwen2VL(Family):
             images = dict(Qwen2VLImageProcessorPil(size=size, patch_size=PATCH)(list(pictures), return_tensors="pt"))
             lengths = (images["image_grid_thw"].prod(dim=1) // 4).tolist()
         made = expand_placeholders(prompts, lengths)
-        types = (made["input_ids"] == IMAGE_ID).long()
-        return made | images | {"mm_token_type_ids": types}
+        return made | images | {"mm_token_type_ids": self.token_types(made["input_ids"])}
+
+    def token_types(self, ids: torch.Tensor) -> torch.Tensor:
+        return (ids == IMAGE_ID).long() + 2 * (ids == VIDEO_ID).long()
 
     def oracle_inputs(
         self, inputs: dict[str, Any], mask: torch.Tensor, laid: Sequence[torch.Tensor], deepstack: Sequence[Any]
@@ -534,13 +549,12 @@ class Qwen2VL(Family):
             second_per_grid_ts=seconds,
             **grids,
         )
-        modality = "image" if "image_grid_thw" in grids else "video"
         return {
             "input_ids": inputs["input_ids"],
             "attention_mask": mask,
             "position_ids": torch.cat(((mask.cumsum(1) - 1).clamp(min=0)[None], axes)),
             "mm_encoder_outputs": {
-                modality: BaseModelOutputWithDeepstackFeatures(
+                self.modality: BaseModelOutputWithDeepstackFeatures(
                     pooler_output=tuple(laid),  # type: ignore[arg-type]
                     deepstack_features=[list(layer) for layer in deepstack] or None,  # type: ignore[arg-type]
                 )
@@ -655,6 +669,71 @@ class SmolVLM(Idefics3):
         return SmolVLMImageProcessorPil
 
 
+class QwenVideos(Qwen2VL):
+    """Videos of two or three pairs of frames, across which the picture moves."""
+
+    modality = "video"
+    staged = False
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        clips = [self.clip(picture) for picture in pictures]
+        grids = [(len(clip), *(side // PATCH for side in clip.shape[-2:])) for clip in clips]
+        made = expand_placeholders(prompts, [self.span(*grid) for grid in grids])
+        made["mm_token_type_ids"] = self.token_types(made["input_ids"])
+        if not clips:
+            return dict(made)
+        patches = torch.cat([cut_patches(clip) for clip in clips])
+        return made | {"pixel_values_videos": patches, "video_grid_thw": torch.tensor(grids)}
+
+    def clip(self, picture: Image.Image) -> torch.Tensor:
+        """One frame a pair, `f c y x`: three of a square picture, two of others."""
+        height, width = (2 * PATCH * (side // 20) for side in (picture.height, picture.width))
+        pixels = torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.NEAREST))).permute(2, 0, 1)
+        count = 3 if picture.width == picture.height else 2
+        return torch.stack([pixels.roll(17 * frame, dims=2) for frame in range(count)]) / 127.5 - 1.0
+
+    def span(self, frames: int, rows: int, cols: int) -> list[int]:
+        """What the prompt holds of a video."""
+        return [VIDEO_ID] * (frames * rows * cols // 4)
+
+    def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = self.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        return list(found.pooler_output)
+
+
+class Qwen2VLVideos(QwenVideos):
+    name = "qwen2_vl_videos"
+
+
+class Qwen25VLVideos(QwenVideos, Qwen25VL):
+    """Pairs of frames lie a second and a half apart, and one second."""
+
+    name = "qwen2_5_vl_videos"
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        seconds = torch.tensor([1.5 if picture.width == picture.height else 1.0 for picture in pictures])
+        return super().make_inputs(prompts, pictures) | ({"second_per_grid_ts": seconds} if pictures else {})
+
+
+class Qwen3VLVideos(QwenVideos, Qwen3VL):
+    """The prompt says when each frame is."""
+
+    name = "qwen3_vl_videos"
+
+    def span(self, frames: int, rows: int, cols: int) -> list[int]:
+        own = [61, *[VIDEO_ID] * (rows * cols // 4), 62]
+        return [number for frame in range(frames) for number in (20 + frame, 11, *own)]
+
+
+def cut_patches(frames: torch.Tensor) -> torch.Tensor:
+    """Frames `f c y x`, each shown twice, as patches in cells of 2 x 2, `p v`."""
+    f, c, height, width = frames.shape
+    cut = frames.view(f, c, height // (2 * PATCH), 2, PATCH, width // (2 * PATCH), 2, PATCH)
+    cut = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6).expand(*[-1] * 6, 2, -1, -1)
+    return cut.reshape(-1, c * 2 * PATCH * PATCH)
+
+
 def sharpen(tower: Any) -> None:
     """Random SigLIP weights give pictures that hardly differ; these do."""
     for parameter in tower.parameters():
@@ -677,3 +756,4 @@ FAMILIES: tuple[Family, ...] = (
     Idefics3(),
     SmolVLM(),
 )
+QWEN_VIDEOS = (Qwen2VLVideos(), Qwen25VLVideos(), Qwen3VLVideos())

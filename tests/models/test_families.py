@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError, MissingSignalError
 from dcp_prune.integrations.transformers import ShortInputs, prune, prune_inputs
-from dcp_prune.models import get_adapter
 from dcp_prune.registry import list_pruners, make_pruner
 
 PROMPTS = ("USER: <image> what is this ASSISTANT:", "USER: <image> where <image> is the cat", "what is the dog here")
@@ -123,7 +122,7 @@ def test_every_pruner_keeps_exactly_its_budget_or_is_refused_with_the_reason(
     family: Family, inputs: dict[str, Any], name: str
 ) -> None:
     pruner = make_pruner(name, num_tokens=BUDGET)
-    missing = pruner.requires - get_adapter(family.model).signals - {"text"}
+    missing = pruner.requires - family.adapter.signals - {"text"}
     if missing:
         with pytest.raises(MissingSignalError, match=r"does not give \(.+\)"):
             prune_inputs(family.model, inputs, pruner)
@@ -132,7 +131,7 @@ def test_every_pruner_keeps_exactly_its_budget_or_is_refused_with_the_reason(
     short = prune_inputs(family.model, inputs, pruner)
     assert short.record is not None
     assert [after for _, after in short.record.tokens_per_image] == [BUDGET] * 3
-    placeholders = short.tensors["input_ids"] == family.model.config.image_token_id
+    placeholders = short.tensors["input_ids"] == family.adapter.image_token_id
     assert placeholders.sum(dim=1).tolist() == [BUDGET, 2 * BUDGET, 0]
 
 
@@ -178,7 +177,7 @@ def test_generate_with_a_handle_equals_generate_with_short_inputs_and_leaves_no_
 ) -> None:
     inputs = family.make_inputs(PROMPTS[1:2], pictures(1, 2))
     model = copy.deepcopy(family.model)
-    staged = get_adapter(model).prunes_in_encoder
+    staged = family.adapter.prunes_in_encoder
     pruner = make_pruner("dcp_progressive" if staged else "dcp", num_tokens=BUDGET)
     short = prune_inputs(model, inputs, pruner)
     torch.manual_seed(0)
@@ -202,7 +201,7 @@ def test_generate_with_a_handle_equals_generate_with_short_inputs_and_leaves_no_
 def test_a_pruner_with_stages_is_refused_where_tokens_cannot_be_dropped_inside_the_encoder(
     family: Family, inputs: dict[str, Any]
 ) -> None:
-    if get_adapter(family.model).prunes_in_encoder:
+    if family.adapter.prunes_in_encoder:
         pytest.skip("they can be dropped")
     with pytest.raises(InvalidInputError, match=r"cannot drop visual tokens inside its encoder, .+; use a pruner"):
         prune_inputs(family.model, inputs, make_pruner("dcp_progressive", num_tokens=BUDGET))

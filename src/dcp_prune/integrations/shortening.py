@@ -477,12 +477,34 @@ def _pad_columns(values: Sequence[Int[Tensor, "i n"]], fill: int) -> Int[Tensor,
 
 def _markers(ids: Int[Tensor, "b l"], pruned: _Pruned) -> Bool[Tensor, "b l"]:
     """What stands between the placeholders of each image that loses some: marks of rows and tiles that are gone."""
-    shrunk = ~torch.tensor(pruned.whole, device=ids.device)
+    adapter, places = pruned.images.adapter, pruned.places
     columns = torch.arange(ids.shape[1], device=ids.device)
-    first, last = pruned.places[:, :1], pruned.places.amax(dim=1, keepdim=True)
-    between = (columns > first) & (columns < last) & shrunk.unsqueeze(1)
-    inside = torch.zeros(ids.shape, dtype=torch.long, device=ids.device).index_add(0, pruned.rows, between.long()) > 0
-    return inside & (ids != pruned.images.adapter.image_token_id)
+    first, last = places[:, :1], places.amax(dim=1, keepdim=True)
+    if adapter.tile_marks is None:
+        shrunk = ~torch.tensor(pruned.whole, device=ids.device)
+        gone = (columns > first) & (columns < last) & shrunk.unsqueeze(1)
+    else:
+        gone = _marks_of_empty_tiles(ids[pruned.rows], pruned, adapter.tile_marks)
+    inside = torch.zeros(ids.shape, dtype=torch.long, device=ids.device).index_add(0, pruned.rows, gone.long()) > 0
+    return inside & (ids != adapter.image_token_id)
+
+
+def _marks_of_empty_tiles(ids: Int[Tensor, "i l"], pruned: _Pruned, marks: tuple[int, int]) -> Bool[Tensor, "i l"]:
+    """Marks of tiles of which nothing is kept; in front of an image and behind it, only those that touch it."""
+    layouts, places, (i, length) = pruned.images.layouts, pruned.places, ids.shape
+    most, spare = max(layout.num_tiles for layout in layouts), length  # a column for what has no placeholder
+    tiles = pad_sequence([layout.source // layout.tile_size for layout in layouts], True).to(ids.device)
+    kept = pruned.tokens.indices.to(ids.device)
+    full = torch.zeros(i, most + 1, dtype=torch.bool, device=ids.device)
+    full.scatter_(1, tiles.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, most), True)
+    at = ids.new_full((i, length + 1), -1).scatter(1, places.masked_fill(places < 0, spare), tiles)[:, :length]
+    before = at.cummax(dim=1).values
+    behind = at.masked_fill(at < 0, most).flip(1).cummin(dim=1).values.flip(1)
+    opening, closing = (ids == mark for mark in marks)
+    between = (before >= 0) & (behind < most)
+    about = torch.where(closing, before, behind)
+    touching = (closing & (at.roll(1, 1) >= 0)) | (opening & (at.roll(-1, 1) >= 0))
+    return (between | touching) & (about >= 0) & (about < most) & ~full.gather(1, about.clamp(0, most))
 
 
 def _find_turn(

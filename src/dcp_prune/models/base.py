@@ -132,6 +132,9 @@ class ModelAdapter(ABC):
     markers: ClassVar[bool] = False
     """Whether what stands in the prompt between the placeholders of one image only marks its rows or tiles, so that it
     can go with them."""
+    tile_marks: tuple[int, int] | None = None
+    """Ids of what opens and what closes a tile, where such text is about single tiles and goes only with one that loses
+    all its tokens: what closes a tile is about the one before it, all else about the one behind it."""
     first_position: ClassVar[int] = 0
     """Where the position ids begin that this model's `forward` makes; those of `generate` begin at 0."""
 

@@ -163,12 +163,12 @@ class Qwen2VLAdapter(ModelAdapter):
                 "the model's processor makes them"
             )
         grids = torch.as_tensor(given).tolist()
-        empty = next((grid for grid in grids if min(grid) < 1), None)
-        if empty is not None:
-            raise InvalidInputError(
-                f"a {self.modality} of {empty[0]} frame(s) of {empty[1]} x {empty[2]} patches has nothing to show; "
-                f"take it and its placeholders out of the call"
-            )
+        for number, (frames, rows, cols) in enumerate(grids):
+            if min(frames, rows, cols) < 1:
+                raise InvalidInputError(
+                    f"{self.modality} {number} has nothing to show, {frames} frame(s) of {rows} x {cols} patches; take "
+                    "it and its placeholders out of the call"
+                )
         merge, patches = self.tower.module.spatial_merge_size, sum(map(math.prod, grids))
         if patches != pixels.shape[0] or any(rows % merge or cols % merge for _, rows, cols in grids):
             raise InvalidInputError(
@@ -248,4 +248,10 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
 
 class Qwen3VLVideoAdapter(_Videos, Qwen3VLAdapter):
-    """The prompt says when each frame is, so there is a run of placeholders per frame."""
+    """The prompt says when each frame is, so there is a run of placeholders per frame, and text that goes with it."""
+
+    markers = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.tile_marks = (model.config.vision_start_token_id, model.config.vision_end_token_id)

@@ -41,10 +41,12 @@ def regroup(parts: Sequence[PrunedTokens], rows: Sequence[Sequence[int]]) -> Pru
 
     Numbers in `stats` that not every group reports are left out.
     """
-    width = max(part.indices.shape[1] for part in parts)
     order = torch.tensor([row for group in rows for row in group]).argsort().to(parts[0].indices.device)
 
     def join(values: Sequence[Tensor], fill: int = 0) -> Tensor:
+        if values[0].ndim == 1:
+            return torch.cat(list(values))[order]
+        width = max(value.shape[1] for value in values)
         short = [(width - value.shape[1]) for value in values]
         pads = [(0, 0) * (value.ndim - 2) + (0, missing) for value, missing in zip(values, short, strict=True)]
         joined = [functional.pad(value, pad, value=fill) for value, pad in zip(values, pads, strict=True)]
@@ -56,9 +58,7 @@ def regroup(parts: Sequence[PrunedTokens], rows: Sequence[Sequence[int]]) -> Pru
         indices=join([part.indices for part in parts], fill=-1),
         mask=join([part.mask for part in parts]),
         assignment=torch.cat([part.assignment for part in parts])[order],
-        stats={
-            name: torch.cat([part.stats[name] for part in parts])[order] for name in parts[0].stats if name in shared
-        },
+        stats={name: join([part.stats[name] for part in parts]) for name in parts[0].stats if name in shared},
     )
 
 
