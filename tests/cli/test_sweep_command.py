@@ -27,6 +27,16 @@ def test_a_sweep_leaves_records_and_says_where(dcp_prune: Callable[..., Any]) ->
     assert again.out == "9 answers in r, 0 of them new.\n"
 
 
+def test_a_sweep_with_tiles_says_so_in_its_records(dcp_prune: Callable[..., Any]) -> None:
+    outcome = dcp_prune(*f"{SWEEP} --tiles --pruner random --num-tokens 20".split())
+    assert outcome.code == 0
+    records = read_records(Path("r"))
+    assert records.manifest["source"]["tiles"] is True
+    assert records.cells() == (("random", 20),)
+    again = dcp_prune(*f"{SWEEP} --pruner random --num-tokens 20".split())
+    assert again.code == 2, "the same folder asks other questions without tiles"
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -40,6 +50,7 @@ def test_a_sweep_leaves_records_and_says_where(dcp_prune: Callable[..., Any]) ->
         ("--seed-range 5", "--seed-range must be A:B"),
         ("--questions mine.jsonl", "--questions and --model belong together"),
         ("--questions mine.jsonl --model testbed-weak", "mine.jsonl cannot be read"),
+        ("--questions mine.jsonl --model testbed-weak --tiles", "--tiles are for pictures of the testbed"),
         ("--num-tokens -1", "at least 1"),
     ],
 )

@@ -51,7 +51,8 @@ def truth(scene: Scene, question: Question) -> str:
             return NUMBERS[count[name] - 1]
         case ["where", "is", "the", name, "?"]:
             row, col = named[name].center
-            return ("lower" if row > GRID / 2 else "upper") + "-" + ("right" if col > GRID / 2 else "left")
+            middle = scene.grid / 2
+            return ("lower" if row > middle else "upper") + "-" + ("right" if col > middle else "left")
         case ["what", "does", "the", "sign", "say", "?"]:
             return scene.word
         case ["does", "the", "sign", "say", word, "?"]:
@@ -101,6 +102,17 @@ def test_a_scene_asks_twice_per_task_about_the_promised_number_of_objects(diffic
         assert fewest <= len(scene.objects) <= most
         assert scene.image.shape == (192, 192, 3)
         assert scene.image.dtype == np.uint8
+
+
+def test_a_larger_picture_holds_as_many_objects_of_the_same_size_and_true_answers():
+    for seed in SEEDS:
+        scene = make_scene(seed, "crowded", 2 * GRID)
+        assert scene.image.shape == (384, 384, 3)
+        assert {o.size for o in scene.objects} <= {3, 4}
+        assert 9 <= len(scene.objects) <= 13
+        for question in scene.questions:
+            assert question.answer == truth(scene, question), (seed, question)
+    assert max(o.row for seed in SEEDS for o in make_scene(seed, "crowded", 2 * GRID).objects) > GRID
 
 
 def test_objects_and_sign_never_overlap():

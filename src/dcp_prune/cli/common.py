@@ -96,6 +96,14 @@ Json = Annotated[
 Model = Annotated[
     str, Parameter(help="testbed-weak, testbed-aligned, the folder of a LLaVA-1.5 model, or its hub name.")
 ]
+Tiles = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Ask about pictures of twice the width and height, which the model sees as a LLaVA-NeXT does: an overview "
+        "and 2 x 2 tiles, 2880 visual tokens.",
+    ),
+]
 PrunerName = Annotated[str, Parameter(help="Which pruner selects the tokens; `dcp-prune list` shows them.")]
 NumTokens = Annotated[
     int | None,

@@ -12,6 +12,7 @@ from dcp_prune.cli.common import (
     DEFAULT_NUM_TOKENS,
     Budgets,
     Json,
+    Tiles,
     Whole,
     app,
     check_outputs,
@@ -53,6 +54,7 @@ def eval_(
     checkpoint: Annotated[
         str, Parameter(help="weak, aligned, or the folder of a model trained on the testbed.")
     ] = "weak",
+    tiles: Tiles = False,
     json: Json = None,
 ) -> None:
     """Measure accuracy on questions that the model has never seen, for any pruners at any budgets.
@@ -71,21 +73,28 @@ def eval_(
     check_outputs(json)
 
     from dcp_prune.eval.testbed import evaluate, plan, split_name, summarise
+    from dcp_prune.testbed.tiles import TILED_GRID, with_tiles
+    from dcp_prune.testbed.world import GRID
 
     methods = plan(names, budgets)
     split_name(seeds)
     with progress_bar("Loading the model") as advance:
         assistant = load_assistant(f"testbed-{checkpoint}" if checkpoint in ("weak", "aligned") else checkpoint)
+        model, processor = assistant.model, assistant.processor
+        if tiles:
+            model, processor = with_tiles(model, processor)
+        grid = TILED_GRID if tiles else GRID
         evaluation = evaluate(
-            assistant.model, assistant.processor, methods, seeds, limit, difficulty=difficulty, progress=advance
+            model, processor, methods, seeds, limit, difficulty=difficulty, grid=grid, progress=advance
         )
-    result = {**summarise(evaluation), "checkpoint": checkpoint, "environment": environment_now()}
+    result = {**summarise(evaluation), "checkpoint": checkpoint, "tiles": tiles, "environment": environment_now()}
 
     def show(console: Console) -> None:
         asked = result["questions"]
         console.print(
             f"{asked['questions']} questions about {asked['images']} {asked['difficulty']} images, "
-            f"{asked['split']} seeds {asked['first_seed']} to {asked['last_seed']}, checkpoint {checkpoint}\n",
+            f"{asked['split']} seeds {asked['first_seed']} to {asked['last_seed']}, checkpoint {checkpoint}"
+            f"{', in tiles' if tiles else ''}\n",
             highlight=False,
         )
         tasks = list(dict.fromkeys(row["task"] for row in result["results"]))

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from dcp_prune.cli.common import (
     DEFAULT_NUM_TOKENS,
     Budgets,
+    Tiles,
     Whole,
     app,
     progress_bar,
@@ -62,6 +63,7 @@ def sweep(
     difficulty: Annotated[
         Literal["standard", "crowded"], Parameter(help="Testbed: 4 to 7 objects in an image, or 9 to 13.")
     ] = "standard",
+    tiles: Tiles = False,
     seed_range: Annotated[
         str | None, Parameter(help="Testbed: scenes from seed A up to B, as A:B; if not said: all held-out seeds.")
     ] = None,
@@ -87,6 +89,10 @@ def sweep(
     """
     from dcp_prune.testbed.seeds import HELD_OUT
 
+    if tiles and questions is not None:
+        raise InvalidInputError(
+            "--tiles are for pictures of the testbed; with --questions, the model cuts its own tiles"
+        )
     if (questions is None) != (model is None):
         raise InvalidInputError("--questions and --model belong together: a file of questions, and who answers them")
     seeds = HELD_OUT if seed_range is None else seed_range_of(seed_range)
@@ -102,13 +108,17 @@ def sweep(
     from dcp_prune.eval.sources import JsonlSource, TestbedSource
     from dcp_prune.eval.sweep import sweep as run_sweep
     from dcp_prune.eval.testbed import TestbedQuestions
+    from dcp_prune.testbed.tiles import TILED_GRID
+    from dcp_prune.testbed.world import GRID
 
     methods = plan(
         pruner or ["none", "dcp", "random"], whole_numbers(num_tokens) if num_tokens else [DEFAULT_NUM_TOKENS]
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if questions is None or model is None:
-        source = TestbedSource(checkpoint, TestbedQuestions(seeds, difficulty, limit or 1000, tuple(task or ())))
+        grid = TILED_GRID if tiles else GRID
+        asked_of = TestbedQuestions(seeds, difficulty, limit or 1000, tuple(task or ()), grid)
+        source = TestbedSource(checkpoint, asked_of, tiles)
         processes = processes or (0 if ray else cores)
         threads = 1  # the model is so small that several processes beat several threads
     else:

@@ -29,6 +29,7 @@ from dcp_prune.integrations.transformers import (
     encoder_stages,
     image_features_as_inputs,
     prune_inputs,
+    unpruned_features,
 )
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.pruners.cls_attention import ClsAttentionPruner
@@ -93,11 +94,13 @@ class Answered:
 
 @dataclass(frozen=True)
 class _Kept:
-    """The visual tokens that the language model reads: one row per image, or one per question."""
+    """The visual tokens that the language model reads: one row per image, or one per question; `prompt` are the same
+    with the separators that an unpruned prompt may hold."""
 
     features: Float[Tensor, "r k d"]
     mask: Bool[Tensor, "r k"]
     by_question: bool
+    prompt: Float[Tensor, "r l d"] | None = None
 
     @classmethod
     def join(cls, rows: Sequence[Float[Tensor, "k d"]]) -> _Kept:
@@ -149,7 +152,7 @@ class Runner:
     def run(self, images: Sequence[Any], asked: Sequence[Asked]) -> Iterator[Answered]:
         """What each method makes of these questions, in the order of the methods; `images` are RGB."""
         batch = _Batch(self, images, asked)
-        passes = self._passes(batch.pixels)
+        passes = self._passes(batch)
         full = passes[()][0]  # no stages: what the model sees unpruned
         for method in self.methods:
             encoded, spent = passes[self._stages[method]]
@@ -170,19 +173,21 @@ class Runner:
                 seconds=seconds + spent,
             )
 
-    def _passes(self, pixels: Float[Tensor, "i c y x"]) -> dict[Any, tuple[EncodedImages, float]]:
+    def _passes(self, batch: _Batch) -> dict[Any, tuple[EncodedImages, float]]:
         """One encoder pass, and its seconds, for each configuration of in-encoder stages that any method has."""
         for method in self.methods:  # which stages a pruner has is for the encoder's depth to say
             if method not in self._stages:
                 self._stages[method] = (
-                    () if method.pruner is None else encoder_stages(self.model, pixels, method.pruner)
+                    () if method.pruner is None else encoder_stages(self.model, batch.pixels, method.pruner)
                 )
         # The distances' weights want the [CLS] attention of the full pass.
         groups: dict[Any, list[Pruner]] = {(): [ClsAttentionPruner(num_tokens=1)] if self.distances else []}
         for method in self.methods:
             groups.setdefault(self._stages[method], []).extend([] if method.pruner is None else [method.pruner])
         return {
-            stages: _timed(lambda pruners=pruners: encode_images(self.model, pixels, *pruners))
+            stages: _timed(
+                lambda pruners=pruners: encode_images(self.model, batch.pixels, *pruners, **batch.image_details)
+            )
             for stages, pruners in groups.items()
         }
 
@@ -191,19 +196,20 @@ class Runner:
     ) -> tuple[Int[Tensor, "q"], tuple[str, ...], _Kept | None]:
         if self.max_new_tokens is not None:
             return self._generate(method, encoded, batch, self.max_new_tokens)
-        kept = self._select(method, encoded.tokens, batch)
+        kept = self._select(method, encoded, batch)
         if kept is None or kept.by_question:
             words = self._first_word(kept, batch)
         else:
-            words = self._first_word_after_image(kept.features, batch)
+            words = self._first_word_after_image(kept.features if kept.prompt is None else kept.prompt, batch)
         return words, tuple(self.tokenizer.batch_decode(words.unsqueeze(1), skip_special_tokens=True)), kept
 
-    def _select(self, method: Method, tokens: VisualTokens, batch: _Batch) -> _Kept | None:
+    def _select(self, method: Method, encoded: EncodedImages, batch: _Batch) -> _Kept | None:
         if method.num_tokens == 0:
             return None
-        pruner = method.pruner
+        pruner, tokens = method.pruner, encoded.tokens
         if pruner is None or pruner.budget.fewest(tokens.num_original) >= tokens.features.shape[1]:
-            return _Kept(tokens.features, tokens.mask, by_question=False)
+            prompt = None if encoded.stages else torch.stack(unpruned_features(self.model, encoded))
+            return _Kept(tokens.features, tokens.mask, by_question=False, prompt=prompt)
         if not method.reads_text:
             pruned = pruner(tokens)
             return _Kept(pruned.features, pruned.mask, by_question=False)
@@ -269,7 +275,9 @@ class Runner:
             inputs = batch.inputs(with_image=True)
             kept = _Kept(tokens.tokens.features, tokens.tokens.mask, by_question=True)
             pruner = method.pruner
-            if pruner is not None and pruner.budget.fewest(tokens.tokens.num_original) < kept.features.shape[1]:
+            if pruner is not None and (
+                tokens.stages or pruner.budget.fewest(tokens.tokens.num_original) < kept.features.shape[1]
+            ):
                 text, words = batch.text(method) if method.reads_text else (None, None)
                 if text is not None:
                     tokens = replace(tokens, tokens=replace(tokens.tokens, text=text, text_mask=words))
@@ -282,7 +290,7 @@ class Runner:
             else:
                 inputs = {
                     **{name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")},
-                    **image_features_as_inputs(self.model, kept.features),
+                    **image_features_as_inputs(self.model, unpruned_features(self.model, tokens)),
                 }
         generate: Any = self.model.generate
         ids = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
@@ -337,8 +345,9 @@ class _Batch:
         self.runner = runner
         self.images = images
         self.asked = asked
-        pixels = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-        self.pixels = pixels.to(model.device, model.dtype)
+        made = dict(processor.image_processor(list(images), return_tensors="pt"))
+        self.pixels = made.pop("pixel_values").to(model.device, model.dtype)
+        self.image_details: dict[str, Any] = made
         self.index = torch.tensor([question.image for question in asked], device=model.device)
         self.ids: list[list[int]] = processor.tokenizer([question.prompt for question in asked])["input_ids"]
         self._texts: dict[TextCondition, tuple[Tensor | None, Tensor | None]] = {}

@@ -20,6 +20,7 @@ from dcp_prune.eval.runner import Asked, Runner
 from dcp_prune.eval.sweep import Block, Session, Source, rows_of, weights_sha256
 from dcp_prune.eval.testbed import TestbedQuestions, answer_id, answer_scenes, split_name
 from dcp_prune.testbed.load import checkpoint_path
+from dcp_prune.testbed.tiles import with_tiles
 
 IMAGES_PER_BLOCK = 4
 """Testbed images that are answered together: 56 questions, a few seconds for forty methods."""
@@ -32,10 +33,12 @@ class TestbedSource(Source):
     Attributes:
         checkpoint: `weak`, `aligned`, or the folder of a model trained on the testbed.
         questions: which ones.
+        tiles: whether the model sees an overview and 2 x 2 tiles of each picture, as a LLaVA-NeXT.
     """
 
     checkpoint: str
     questions: TestbedQuestions
+    tiles: bool = False
 
     __test__ = False  # the name begins like a test's
 
@@ -45,6 +48,7 @@ class TestbedSource(Source):
             "kind": "testbed",
             "checkpoint": self.checkpoint,
             "difficulty": asked.difficulty,
+            **({"tiles": True} if self.tiles else {}),
             "split": split_name(asked.seeds),
             "first_seed": asked.seeds[0],
             "last_seed": asked.seeds[asked.images - 1],
@@ -70,7 +74,10 @@ class TestbedSource(Source):
         """Every method is fine here: there is always another image with a question of the same slot."""
 
     def open(self, distances: Sequence[str]) -> Session:
-        return _TestbedSession(self.questions, _load(self._model), distances)
+        assistant = _load(self._model)
+        if self.tiles:
+            assistant = Assistant(self._model, *with_tiles(assistant.model, assistant.processor))
+        return _TestbedSession(self.questions, assistant, distances)
 
     @property
     def _model(self) -> str:

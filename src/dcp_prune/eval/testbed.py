@@ -18,7 +18,7 @@ from dcp_prune.eval.runner import Answered, Asked, Runner
 from dcp_prune.eval.stats import Estimate, accuracy, paired_difference
 from dcp_prune.testbed.load import prompt
 from dcp_prune.testbed.seeds import split_of
-from dcp_prune.testbed.world import TASKS, Difficulty, Question, Scene, make_scene
+from dcp_prune.testbed.world import GRID, TASKS, Difficulty, Question, Scene, make_scene
 
 __all__ = [
     "ALL_TOKENS",
@@ -88,6 +88,7 @@ class TestbedQuestions:
         difficulty: of the scenes.
         limit: questions in all; fewer if the seeds do not give as many.
         tasks: only questions of these; () is all.
+        grid: patches per side of the pictures.
 
     Raises:
         InvalidInputError: no seed, no question, seeds of several splits, or an unknown task.
@@ -97,6 +98,7 @@ class TestbedQuestions:
     difficulty: Difficulty
     limit: int
     tasks: tuple[str, ...] = ()
+    grid: int = GRID
 
     __test__ = False  # the name begins like a test's
 
@@ -111,12 +113,19 @@ class TestbedQuestions:
     @cached_property
     def slots(self) -> tuple[tuple[int, str], ...]:
         """Place among a scene's questions, and task, of those that are asked; the same in every scene."""
-        questions = make_scene(self.seeds[0], self.difficulty).questions
+        questions = self.scene(0).questions
         return tuple(
             (slot, question.task)
             for slot, question in enumerate(questions)
             if not self.tasks or question.task in self.tasks
         )
+
+    def scene(self, number: int) -> Scene:
+        """The scene of `seeds[number]`."""
+        return self._scene(self.seeds[number])
+
+    def _scene(self, seed: int) -> Scene:
+        return make_scene(seed, self.difficulty, self.grid)
 
     @property
     def questions(self) -> int:
@@ -141,7 +150,7 @@ class TestbedQuestions:
             place: its position in the batch.
             wrong: whether the questions of the next scene are needed too.
         """
-        following = make_scene(scene.seed + 1, self.difficulty).questions if wrong else None
+        following = self._scene(scene.seed + 1).questions if wrong else None
         return [
             (
                 (question := scene.questions[slot]),
@@ -165,6 +174,7 @@ def evaluate(
     limit: int,
     *,
     difficulty: Difficulty = "standard",
+    grid: int = GRID,
     images_at_once: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -177,13 +187,14 @@ def evaluate(
         seeds: of the scenes; all in one split.
         limit: questions; fewer if the seeds do not give as many.
         difficulty: of the scenes.
+        grid: patches per side of the pictures.
         images_at_once: images whose questions form one batch.
         progress: called with the questions done and the questions in all.
 
     Raises:
         InvalidInputError: no seed, no question, seeds of several splits, or an answer that is not one token.
     """
-    source = TestbedQuestions(seeds, difficulty, limit)
+    source = TestbedQuestions(seeds, difficulty, limit, grid=grid)
     runner = Runner(model, processor, methods)
     collected: list[list[tuple[Answered, Bool[np.ndarray, "q"]]]] = [[] for _ in methods]
     images: list[int] = []
@@ -217,7 +228,7 @@ def answer_scenes(
 ) -> tuple[list[tuple[Question, Asked]], Iterator[Answered]]:
     """The questions about the scenes of `source.seeds[numbers]`, and what each method of the runner makes of them."""
     wrong = any(method.text.kind == "wrong" for method in runner.methods)
-    scenes = [make_scene(source.seeds[number], source.difficulty) for number in numbers]
+    scenes = [source.scene(number) for number in numbers]
     questions = [
         pair
         for place, (number, scene) in enumerate(zip(numbers, scenes, strict=True))

@@ -591,6 +591,20 @@ def encoder_stages(model: Any, pixels: Float[Tensor, "i c y x"], pruner: Pruner)
     return adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers))
 
 
+def unpruned_features(model: Any, encoded: EncodedImages) -> list[Float[Tensor, "N d"]]:
+    """What the model's own prompt holds of images that were encoded without stages: all tokens, with the separators
+    between rows of patches where the model has them."""
+    separator = get_adapter(model).separator
+    rows = [features[mask] for features, mask in zip(encoded.tokens.features, encoded.tokens.mask, strict=True)]
+    if separator is None:
+        return rows
+    patches = [(layout.source >= 0).nonzero().squeeze(1).to(encoded.tokens.mask.device) for layout in encoded.layouts]
+    return [
+        separator.to(row).expand(len(layout), -1).index_copy(0, places, row)
+        for row, layout, places in zip(rows, encoded.layouts, patches, strict=True)
+    ]
+
+
 def image_features_as_inputs(model: Any, features: Iterable[Float[Tensor, "k d"]]) -> dict[str, Any]:
     """Model inputs that stand in for images whose prompts hold exactly as many placeholders; built anew every time."""
     adapter = get_adapter(model)

@@ -29,6 +29,7 @@ from dcp_prune.integrations.shortening import (
     encoder_stages,
     image_features_as_inputs,
     shorten,
+    unpruned_features,
 )
 from dcp_prune.models import EncodedImages, get_adapter, supported_architectures
 from dcp_prune.pruners.base import Pruner
@@ -47,6 +48,7 @@ __all__ = [
     "prune",
     "prune_inputs",
     "supported_architectures",
+    "unpruned_features",
 ]
 
 

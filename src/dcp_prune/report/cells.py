@@ -177,7 +177,8 @@ def _names(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
 def _name(manifest: Mapping[str, Any]) -> str:
     source, model = manifest["source"], manifest["model"]
     if source.get("kind") == "testbed":
-        return f"{Path(str(source.get('checkpoint') or model.get('name'))).name}, {source['difficulty']}"
+        tiles = ", tiles" if source.get("tiles") else ""
+        return f"{Path(str(source.get('checkpoint') or model.get('name'))).name}, {source['difficulty']}{tiles}"
     questions = Path(str(source.get("path", "questions"))).stem
     return f"{Path(str(model.get('name') or model.get('checkpoint') or 'model')).name}, {questions}"
 

@@ -1,8 +1,9 @@
 """A procedural visual-question world: pictures of tinted sprites and one sign, with questions in seven tasks.
 
-Everything is drawn from a seed at run time; the same seed gives the same bytes in every process. Objects lie on the
-model's grid of 24 x 24 patches. The tasks follow the benchmarks that visual-token pruning is measured on: existence
-(POPE), attribute and relation (GQA), counting and position (MME), reading (TextVQA), choice (ScienceQA).
+Everything is drawn from a seed at run time; the same seed gives the same bytes in every process. Objects lie on a grid
+of patches, 24 x 24 unless a larger picture is asked for. The tasks follow the benchmarks that visual-token pruning is
+measured on: existence (POPE), attribute and relation (GQA), counting and position (MME), reading (TextVQA), choice
+(ScienceQA).
 """
 
 from __future__ import annotations
@@ -101,42 +102,47 @@ class Scene:
 
     @cached_property
     def image(self) -> NDArray[np.uint8]:
-        """The picture, painted when it is first looked at. `192 192 3`."""
+        """The picture, painted when it is first looked at; `grid * PATCH` pixels a side. `192 192 3`."""
         rng = np.random.default_rng((self.seed, self.grid, len(self.objects)))
         return _paint(rng, self.objects, self.sign, self.word, self.grid)
 
     def patches(self, index: int) -> NDArray[np.bool_]:
-        """Which patches object `index` covers. `24 24`."""
+        """Which patches object `index` covers. `grid grid`."""
         covered = np.zeros((self.grid, self.grid), dtype=bool)
         o = self.objects[index]
         covered[o.row : o.row + o.size, o.col : o.col + o.size] = True
         return covered
 
     def sign_patches(self) -> NDArray[np.bool_]:
-        """Which patches the sign covers. `24 24`."""
+        """Which patches the sign covers. `grid grid`."""
         covered = np.zeros((self.grid, self.grid), dtype=bool)
         row, col = self.sign
         covered[row : row + SIGN_SIZE[1] // PATCH, col : col + SIGN_SIZE[0] // PATCH] = True
         return covered
 
 
-def make_scene(seed: int, difficulty: Difficulty = "standard") -> Scene:
+def make_scene(seed: int, difficulty: Difficulty = "standard", grid: int = GRID) -> Scene:
     """Draws the scene of a seed: picture, objects, sign and 14 questions, two a task.
+
+    Args:
+        seed: of everything.
+        difficulty: how many objects there are.
+        grid: patches per side of the picture; what is in it stays as large as it is.
 
     Raises:
         KeyError: an unknown difficulty.
     """
     fewest, most = OBJECT_COUNTS[difficulty]
-    rng = np.random.default_rng((seed, fewest))
+    rng = np.random.default_rng((seed, fewest) if grid == GRID else (seed, fewest, grid))
     while True:
-        layout = _layout(rng, int(rng.integers(fewest, most + 1)), GRID, singles=2)
+        layout = _layout(rng, int(rng.integers(fewest, most + 1)), grid, singles=2)
         if layout is None:
             continue
         objects, sign = layout
         word = str(rng.choice(WORDS))
-        questions = _questions(rng, objects, word)
+        questions = _questions(rng, objects, word, grid)
         if questions is not None:
-            return Scene(seed, objects, word, sign, questions)
+            return Scene(seed, objects, word, sign, questions, grid)
 
 
 def make_small_picture(seed: int, grid: int = 12) -> Scene:
@@ -187,7 +193,9 @@ def _names(rng: np.random.Generator, count: int, singles: int) -> list[str]:
     return [str(classes[i]) for i, times in enumerate(copies) for _ in range(times)]
 
 
-def _questions(rng: np.random.Generator, objects: tuple[SceneObject, ...], word: str) -> tuple[Question, ...] | None:
+def _questions(
+    rng: np.random.Generator, objects: tuple[SceneObject, ...], word: str, grid: int
+) -> tuple[Question, ...] | None:
     """Two questions a task; None if this layout does not allow one without doubt."""
     where: dict[str, list[int]] = {}
     for i, o in enumerate(objects):
@@ -195,7 +203,7 @@ def _questions(rng: np.random.Generator, objects: tuple[SceneObject, ...], word:
     single = [indices[0] for indices in where.values() if len(indices) == 1]
     absent = [name for name in CLASSES if name not in where]
     present = list(where)
-    clear = [i for i in single if all(abs(c - GRID / 2) >= POSITION_MARGIN for c in objects[i].center)]
+    clear = [i for i in single if all(abs(c - grid / 2) >= POSITION_MARGIN for c in objects[i].center)]
     pairs = [
         (i, j, axis)
         for i in single
@@ -248,7 +256,7 @@ def _questions(rng: np.random.Generator, objects: tuple[SceneObject, ...], word:
 
     for i in pick(clear, 2):
         row, col = objects[i].center
-        quadrant = QUADRANTS[2 * (row > GRID / 2) + (col > GRID / 2)]
+        quadrant = QUADRANTS[2 * (row > grid / 2) + (col > grid / 2)]
         questions.append(Question("position", f"where is the {objects[i].name} ?", quadrant, (i,)))
 
     questions.append(Question("reading", "what does the sign say ?", word))
