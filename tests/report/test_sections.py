@@ -67,6 +67,30 @@ def test_adaptive_budgets_stand_beside_fixed_ones_of_the_same_mean(sweep):
     assert {"tables/adaptive-weak-crowded.md", "tables/adaptive-weak-crowded.tex"} <= files.keys()
 
 
+def test_easy_and_crowded_pictures_are_also_looked_at_together(sweep):
+    label = "dcp(max_distance=0.4,num_tokens=(4,64))"
+    everywhere = {}
+    for name, kept in (("crowded", 12), ("standard", 4)):
+        made = sweep(f"mix/{name}", difficulty=name).add("none", 576, ONES)
+        for budget in (7, 8, 9):
+            made.add("dcp", budget, np.tile([1.0, 0.5], 120) if name == "crowded" else ONES, 0.2)
+        made.add(f"dcp(threshold=inf,note={name})".replace(",note=", "_"), 8, ONES, 0.2)
+        everywhere[name] = made.add(
+            label, 64, ONES, 0.2, options={"max_distance": 0.4}, kept=np.full(240, kept)
+        ).write()
+    out = Output(everywhere["crowded"].parent, formats=("png",))
+    analyses = [Analysis(cell, 300) for cell in load_cells([everywhere["crowded"].parent])]
+    text = SECTIONS["adaptive"][1](analyses, out)
+    parts = {part.split("\n")[0]: rows(part) for part in text.split("### ")[1:]}
+    assert list(parts) == ["`weak`, crowded", "`weak`, crowded and standard", "`weak`, standard"]
+    alone, together = parts["`weak`, crowded"][label], parts["`weak`, crowded and standard"][label]
+    assert alone[0].startswith("12.0")
+    assert alone[3:] == ["", "", ""], "12 tokens were not measured as a fixed budget"
+    assert together[0].startswith("8.0")
+    assert float(together[3].split()[0]) == pytest.approx(87.5)
+    assert together[5] == "ahead"
+
+
 def test_without_adaptive_budgets_their_part_says_so(graded_folder):
     assert part(graded_folder, "adaptive")[0] == "*Every method had a fixed budget.*"
 

@@ -352,9 +352,9 @@ class DCPPruner(Pruner):
 
     def _below(self, bound: float, reached: Float[Tensor, "b k"], tokens: VisualTokens) -> Bool[Tensor, "b k"]:
         """The first centres of each image, as many as bring the distance below the bound, within the range."""
-        fewest = [self.budget.fewest(length) for length in tokens.lengths]
+        fewest = self.budget.fewest(tokens.lengths[0])  # the same for all images that are pruned together
         count = 1 + (reached >= bound).sum(dim=1)
-        count = count.maximum(torch.tensor(fewest, device=count.device)).minimum(tokens.mask.sum(dim=1))
+        count = count.clamp(min=fewest).minimum(tokens.mask.sum(dim=1))
         return torch.arange(reached.shape[1], device=count.device) < count.unsqueeze(1)
 
     def _visual_features(self, tokens: VisualTokens) -> Float[Tensor, "b n d"]:

@@ -148,6 +148,39 @@ def load_cells(folders: Sequence[str | Path]) -> tuple[Cell, ...]:
     return tuple(_cell(name, group) for name, group in zip(names, groups.values(), strict=True))
 
 
+def pool(cells: Sequence[Cell], name: str) -> Cell:
+    """The questions of several cells as one: of the methods that all of them have, on the tasks that all of them have.
+
+    Whether they are of one model is for the caller to know.
+    """
+    entries = tuple(entry for entry in cells[0].entries if all(entry in cell.entries for cell in cells))
+    tasks = tuple(task for task in cells[0].tasks if all(task in cell.tasks for cell in cells))
+    rows = [[cell.entries.index(entry) for entry in entries] for cell in cells]
+    asked = [np.isin(np.array(cell.tasks)[cell.task], tasks) for cell in cells]
+    first_image = np.cumsum([0, *(cell.images for cell in cells)])
+
+    def join(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([each[own][:, of] for each, own, of in zip(arrays, rows, asked, strict=True)], axis=1)
+
+    columns = [column for column in cells[0].distances if all(column in cell.distances for cell in cells)]
+    images = [cell.image[of] + first for cell, of, first in zip(cells, asked, first_image, strict=False)]
+    named = [np.array(cell.tasks)[cell.task[of]] for cell, of in zip(cells, asked, strict=True)]
+    return Cell(
+        name=name,
+        source=cells[0].source,
+        environments=tuple(environment for cell in cells for environment in cell.environments),
+        folders=tuple(folder for cell in cells for folder in cell.folders),
+        entries=entries,
+        tasks=tasks,
+        images=int(first_image[-1]),
+        image=np.concatenate(images),
+        task=np.searchsorted(tasks, np.concatenate(named)),
+        score=join([cell.score for cell in cells]),
+        kept=join([cell.kept for cell in cells]),
+        distances={column: join([cell.distances[column] for cell in cells]) for column in columns},
+    )
+
+
 def find_records(folder: Path) -> list[Path]:
     """The folder itself if it holds records, else those in it and in its folders that do, in alphabetical order."""
     if (folder / "manifest.json").is_file():

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dcp_prune.eval.resampling import RESAMPLES, Interval, Verdict
-from dcp_prune.report.cells import OURS, PLAIN, QUESTION, Cell, Entry, digest
+from dcp_prune.report.cells import OURS, PLAIN, QUESTION, Cell, Entry, digest, pool
 from dcp_prune.report.layout import TIE, Field, Mark, Number, Table
 from dcp_prune.report.predictors import Correlation, Prediction, Predictor
 from dcp_prune.report.scores import GapError, Scores
@@ -155,11 +155,23 @@ def ablation(analyses: Sequence[Analysis], out: Output) -> str:
 
 
 def adaptive(analyses: Sequence[Analysis], out: Output) -> str:
-    """Budgets that a bound picks for each question, against fixed ones of the same mean."""
+    """Budgets that a bound picks for each question, against fixed ones of the same mean; where a checkpoint of the
+    testbed was asked about easy and crowded pictures, about all of them together as well."""
     found = [analysis for analysis in analyses if any(entry.is_adaptive for entry in analysis.cell.entries)]
     if not found:
         return "*Every method had a fixed budget.*"
-    return _each(found, lambda analysis: _adaptive(analysis, out))
+    by_checkpoint: dict[str, list[Analysis]] = {}
+    for analysis in found:
+        if analysis.cell.source.get("kind") == "testbed":
+            by_checkpoint.setdefault(analysis.cell.source["checkpoint"], []).append(analysis)
+    for several in by_checkpoint.values():
+        if len({analysis.cell.source["difficulty"] for analysis in several}) == len(several) > 1:
+            name = several[0].cell.name.partition(", ")[0]
+            kinds = " and ".join(analysis.cell.source["difficulty"] for analysis in several)
+            found.append(
+                Analysis(pool([analysis.cell for analysis in several], f"{name}, {kinds}"), several[0].resamples)
+            )
+    return _each(sorted(found, key=lambda analysis: analysis.cell.name), lambda analysis: _adaptive(analysis, out))
 
 
 def text(analyses: Sequence[Analysis], out: Output) -> str:
@@ -361,18 +373,23 @@ def _adaptive(analysis: Analysis, out: Output) -> str:
     table = Table(header, left=frozenset({6}))
     rows: list[Sequence[Field]] = []
     for place in places:
-        own, fixed = 100 * scores.relative[:, place], 100 * scores.at_same_mean(place)
         low, high = np.quantile(cell.kept[place], (0.05, 0.95))
-        intervals = [scores.resampling.interval(draws) for draws in (scores.mean_kept[:, place], own, fixed)]
-        tokens, *relative = (Number(interval) for interval in intervals)
-        difference = _with_verdicts([scores.resampling.interval(own - fixed)])
-        rows.append([f"`{cell.entries[place].label}`", tokens, f"{low:.0f} to {high:.0f}", *relative, *difference])
+        own, fixed = 100 * scores.relative[:, place], _or_nothing(lambda at=place: 100 * scores.at_same_mean(at), None)
+        tokens, score = (Number(scores.resampling.interval(draws)) for draws in (scores.mean_kept[:, place], own))
+        compared: list[Field] = ["", "", ""]
+        if fixed is not None:
+            difference = scores.resampling.interval(own - fixed)
+            compared = [Number(scores.resampling.interval(fixed)), *_with_verdicts([difference])]
+        rows.append([f"`{cell.entries[place].label}`", tokens, f"{low:.0f} to {high:.0f}", score, *compared])
+    if not rows:
+        raise GapError("no adaptive method was measured on all of these questions")
     table.add("", rows)
     return _paragraphs(
         out.table(f"adaptive-{cell.slug}", table),
         "<sub>Relative scores in per cent, differences in points and paired, with 95 % intervals over images. Fixed, "
         "same mean: the same pruner with the whole number of tokens below that mean for some questions and the one "
-        "above it for the others, so many that the mean is the same, in every draw of images.</sub>",
+        "above it for the others, so many that the mean is the same, in every draw of images; empty where these two "
+        "were not measured.</sub>",
     )
 
 
