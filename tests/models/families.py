@@ -23,6 +23,9 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
     Idefics3VisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -47,6 +50,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -669,6 +673,59 @@ class SmolVLM(Idefics3):
         return SmolVLMImageProcessorPil
 
 
+class InternVL(Family):
+    """Its processor needs a video processor, and that torchvision: ids are made by hand."""
+
+    name = "internvl"
+    staged = False
+    side = 112
+    begin_id, end_id = 60, 61
+    normed = True
+    """Whether queries and keys are, as in the large models."""
+
+    def build(self) -> Any:
+        vision = InternVLVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=self.side,
+            patch_size=PATCH,
+            use_qk_norm=self.normed,
+            norm_type="rms_norm" if self.normed else "layer_norm",
+            attention_bias=not self.normed,
+            layer_scale_init_value=1.0,
+        )
+        config = InternVLConfig(
+            vision_config=vision, text_config=text_config(), image_token_id=IMAGE_ID, image_seq_length=16
+        )
+        model = InternVLForConditionalGeneration(config)
+        embeddings = model.model.vision_tower.embeddings
+        for parameter in (embeddings.cls_token, embeddings.position_embeddings):  # zero, untrained
+            parameter.data.normal_()
+        sharpen(model.model.vision_tower)
+        return model
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        if not pictures:
+            return dict(expand_placeholders(prompts, []))
+        size = {"height": self.side, "width": self.side}
+        processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=3)
+        images = dict(processor(list(pictures), return_tensors="pt"))
+        spans = [self.span(tiles) for tiles in images.pop("num_patches").tolist()]
+        return expand_placeholders(prompts, spans) | images
+
+    def span(self, tiles: int) -> list[int]:
+        """What the prompt holds of an image."""
+        return [self.begin_id, *[IMAGE_ID] * 16 * tiles, self.end_id]
+
+    def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            tiles = self.model.get_image_features(inputs["pixel_values"]).pooler_output
+        lengths = [len(layout) for layout in get_adapter(self.model).layouts(inputs)]
+        return list(tiles.flatten(0, 1).split(lengths))
+
+
 class QwenVideos(Qwen2VL):
     """Videos of two or three pairs of frames, across which the picture moves."""
 
@@ -755,5 +812,6 @@ FAMILIES: tuple[Family, ...] = (
     Qwen3VL(),
     Idefics3(),
     SmolVLM(),
+    InternVL(),
 )
 QWEN_VIDEOS = (Qwen2VLVideos(), Qwen25VLVideos(), Qwen3VLVideos())

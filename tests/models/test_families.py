@@ -127,6 +127,10 @@ def test_every_pruner_keeps_exactly_its_budget_or_is_refused_with_the_reason(
         with pytest.raises(MissingSignalError, match=r"does not give \(.+\)"):
             prune_inputs(family.model, inputs, pruner)
         return
+    if pruner.encoder_stages(576, 24) and not family.adapter.prunes_in_encoder:
+        with pytest.raises(InvalidInputError, match=r"cannot drop visual tokens inside its encoder, .+; use a pruner"):
+            prune_inputs(family.model, inputs, pruner)
+        return
     skip_stages(family, name)
     short = prune_inputs(family.model, inputs, pruner)
     assert short.record is not None
@@ -196,15 +200,6 @@ def test_generate_with_a_handle_equals_generate_with_short_inputs_and_leaves_no_
     again = model.generate(**inputs, max_new_tokens=4, **ways)
     torch.manual_seed(0)
     assert torch.equal(again, family.model.generate(**inputs, max_new_tokens=4, **ways))
-
-
-def test_a_pruner_with_stages_is_refused_where_tokens_cannot_be_dropped_inside_the_encoder(
-    family: Family, inputs: dict[str, Any]
-) -> None:
-    if family.adapter.prunes_in_encoder:
-        pytest.skip("they can be dropped")
-    with pytest.raises(InvalidInputError, match=r"cannot drop visual tokens inside its encoder, .+; use a pruner"):
-        prune_inputs(family.model, inputs, make_pruner("dcp_progressive", num_tokens=BUDGET))
 
 
 def test_placeholders_that_do_not_fit_the_images_are_refused(family: Family, inputs: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _ADAPTERS = {
     "Gemma3ForConditionalGeneration": "dcp_prune.models.gemma3:Gemma3Adapter",
     "Idefics3ForConditionalGeneration": "dcp_prune.models.idefics3:Idefics3Adapter",
+    "InternVLForConditionalGeneration": "dcp_prune.models.internvl:InternVLAdapter",
     "LlavaForConditionalGeneration": "dcp_prune.models.llava:LlavaAdapter",
     "LlavaForConditionalGeneration(pixtral)": "dcp_prune.models.pixtral:PixtralAdapter",
     "LlavaNextForConditionalGeneration": "dcp_prune.models.llava_next:LlavaNextAdapter",

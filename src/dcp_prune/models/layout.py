@@ -85,6 +85,17 @@ def frames_layout(frames: int, rows: int, cols: int, *, step: float = 1.0) -> Im
     return ImageLayout(torch.arange(frames * rows * cols), positions, frame.boxes.repeat(frames, 1), frames, frame.grid)
 
 
+@lru_cache(maxsize=64)
+def stacked_layout(tiles: int, rows: int, cols: int) -> ImageLayout:
+    """Tiles of which nobody knows how they lie in the picture, each in raster order, without separators: boxes are
+    shares of the tile that a token comes from, and positions those of tiles one below the other (ours), so that tokens
+    of different tiles are not taken for neighbours."""
+    tile = plain_layout(rows, cols)
+    below = torch.arange(tiles).repeat_interleave(rows * cols) * rows
+    positions = tile.positions.repeat(tiles, 1) + torch.stack((below, torch.zeros_like(below)), dim=1)
+    return ImageLayout(torch.arange(len(below)), positions, tile.boxes.repeat(tiles, 1), tiles, tile.grid)
+
+
 def tiled_layout(source: Int[Tensor, " N"], rows: int, cols: int, grid: tuple[int, int], num_tiles: int) -> ImageLayout:
     """An overview tile, then the patches of the other tiles as one raster of rows x cols with a separator behind each
     row; or the overview alone with a separator behind it.

@@ -80,7 +80,8 @@ class Tower:
     behind the feature layer are not computed.
 
     Attributes:
-        module: with `embeddings` and `encoder.layers`, each with `layer_norm1` and `self_attn`.
+        module: with `embeddings` and `encoder.layers`, each with `layer_norm1` and `self_attn`; where the parts have
+            other names, a subclass tells them.
         num_layers: layers up to and including the feature layer.
         over_all_heads: makes a mean over the heads of this process one over all heads, where tensor parallelism spreads
             them over several; None where they are all here.
@@ -94,11 +95,28 @@ class Tower:
     def has_cls(self) -> bool:
         return hasattr(self.module.embeddings, "class_embedding")
 
+    @property
+    def layers(self) -> Any:
+        return self.module.encoder.layers
+
+    @property
+    def patch_weight(self) -> Tensor:
+        """Of the module that the pixels meet first."""
+        return self.module.embeddings.patch_embedding.weight
+
+    def attention(self, layer: Any) -> tuple[Any, Any]:
+        """The attention of a layer, with its projections, and the norm in front of it."""
+        return layer.self_attn, layer.layer_norm1
+
+    def run(self, layer: Any, hidden: Float[Tensor, "t m v"], attention_mask: Any) -> Float[Tensor, "t m v"]:
+        return layer(hidden, attention_mask=attention_mask)
+
     def grid(self, pixel_values: Float[Tensor, "t c y x"] | None = None) -> tuple[int, int]:
         """(rows, cols) of patches of such tiles; without any, of those that the tower was built for."""
         config = self.module.config
-        height, width = (config.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]
-        return height // config.patch_size, width // config.patch_size
+        height, width = _pair(config.image_size) if pixel_values is None else pixel_values.shape[-2:]
+        rows, cols = _pair(config.patch_size)
+        return height // rows, width // cols
 
     def walk(
         self,
@@ -116,7 +134,7 @@ class Tower:
         plan = {stage.layer: stage for stage in stages}
         prefix = int(self.has_cls)
         embeddings = self.module.embeddings
-        weight = embeddings.patch_embedding.weight
+        weight = self.patch_weight
         pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
         hidden = embeddings(pixels) if real is None else embeddings(pixels, real.to(pixels.device))
         if hasattr(self.module, "pre_layrnorm"):
@@ -133,16 +151,17 @@ class Tower:
         stats: list[Mapping[str, Tensor]] = []
         widths: list[int] = []
         for number in range(self.num_layers):
-            layer = self.module.encoder.layers[number]
+            layer = self.layers[number]
             stage = plan.get(number)
             wanted = signals if stage is None else stage.requires
             if stage is not None or number == self.num_layers - 1:
                 lap("encode")
-                captured = _capture(layer, hidden, prefix, wanted, None if mask is None else mask.to(hidden.device))
+                own = None if mask is None else mask.to(hidden.device)
+                captured = _capture(*self.attention(layer), hidden, prefix, wanted, own)
                 if self.over_all_heads is not None:
                     captured = {name: self.over_all_heads(mean) for name, mean in captured.items()}
                 lap("select")
-            hidden = layer(hidden, attention_mask=attention_mask)
+            hidden = self.run(layer, hidden, attention_mask)
             if stage is not None:
                 lap("encode")
                 # Layers may live on several devices.
@@ -182,7 +201,8 @@ class Tower:
 
 @torch.no_grad()
 def _capture(
-    layer: Any,
+    attention: Any,
+    norm: Any,
     hidden: Float[Tensor, "b m v"],
     prefix: int,
     wanted: AbstractSet[Signal],
@@ -191,19 +211,20 @@ def _capture(
     """Signals of one layer from its own q, k and v, without [CLS] as a token, and without any attention map."""
     if not wanted - {Signal.ENCODER_FEATURES}:
         return {}
-    attention, states = layer.self_attn, layer.layer_norm1(hidden)
-    shape = (attention.num_heads, -1)
+    states, shape = norm(hidden), (attention.num_heads, -1)
+    q_norm, k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
     captured: dict[str, Tensor] = {}
     keys = None
-    if Signal.KEYS in wanted or not _is_plain(attention.k_proj) or not prefix:
-        keys = attention.k_proj(states).unflatten(-1, shape)
+    plain = _is_plain(attention.k_proj) and isinstance(k_norm, nn.Identity)
+    if Signal.KEYS in wanted or not plain or not prefix:
+        keys = k_norm(attention.k_proj(states)).unflatten(-1, shape)
     if Signal.KEYS in wanted and keys is not None:
         captured["keys"] = keys[:, prefix:].mean(dim=2)
     if Signal.CLS_ATTENTION in wanted and keys is not None and not prefix:
-        queries = attention.q_proj(states).unflatten(-1, shape)
+        queries = q_norm(attention.q_proj(states)).unflatten(-1, shape)
         captured["cls_attention"] = received_attention(queries, keys, scale=attention.scale, mask=mask)
     elif Signal.CLS_ATTENTION in wanted:
-        query = attention.q_proj(states[:, 0]).unflatten(-1, shape)
+        query = q_norm(attention.q_proj(states[:, 0])).unflatten(-1, shape)
         captured["cls_attention"] = (
             folded_cls_attention_row(states, query, attention.k_proj.weight, scale=attention.scale, mask=mask)
             if keys is None
@@ -308,6 +329,12 @@ def merge_cells(patches: Float[Tensor, "t n *v"], grid: tuple[int, int], size: i
     rows, cols = grid[0] // size, grid[1] // size
     raster = patches.unflatten(1, grid)[:, : rows * size, : cols * size]
     return raster.unflatten(2, (cols, size)).unflatten(1, (rows, size)).mean(dim=(2, 4)).flatten(1, 2)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """(height, width) of what configs give as one number or as two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def _is_plain(linear: nn.Module) -> bool:
