@@ -395,24 +395,24 @@ def test_a_model_saved_while_attached_loads_as_a_plain_one(model: Any, make_inpu
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_two_threads_do_not_disturb_each_other(model: Any, make_inputs: MakeInputs) -> None:
-    batches = [make_inputs(PROMPTS[0], seeds=[1]), make_inputs(PROMPTS[1], seeds=[2, 3])]
-    found: list[list[Tensor]] = [[], []]
+def test_three_threads_do_not_disturb_each_other(model: Any, make_inputs: MakeInputs) -> None:
+    batches = [make_inputs(PROMPTS[0], seeds=[1]), make_inputs(PROMPTS[1], seeds=[2, 3]), make_inputs(PROMPTS[2])]
+    found: list[list[Tensor]] = [[], [], []]
     with prune(model, make_pruner("dcp_progressive", num_tokens=8)):
         expected = [model.generate(**inputs, max_new_tokens=3, do_sample=False) for inputs in batches]
-        start = threading.Barrier(2)
+        start = threading.Barrier(3)
 
         def work(number: int) -> None:
             start.wait()
             for _ in range(4):
                 found[number].append(model.generate(**batches[number], max_new_tokens=3, do_sample=False))
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    for number in range(2):
+    for number in range(3):
         assert len(found[number]) == 4
         assert all(torch.equal(ids, expected[number]) for ids in found[number])
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from dcp_prune.errors import InvalidInputError
+from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.integrations.generation import for_short_prompt
 from dcp_prune.integrations.question import FindWords, Question, Text, TextScope, embed_question
 from dcp_prune.integrations.shortening import (
@@ -31,7 +31,7 @@ from dcp_prune.integrations.shortening import (
     shorten,
     unpruned_features,
 )
-from dcp_prune.models import EncodedImages, get_adapter, supported_architectures
+from dcp_prune.models import EncodedImages, base_model, get_adapter, supported_architectures
 from dcp_prune.pruners.base import Pruner
 
 __all__ = [
@@ -138,14 +138,15 @@ def prune(
             handle.last.indices
 
     Args:
-        model: a model with an adapter.
+        model: a model with an adapter, or a `PeftModel` around one.
         pruner: which tokens to keep, and how many.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
         text_scope, keep_markers: as for `prune_inputs`.
         on_record: told of every call with images as soon as they are pruned, in the thread of the call.
 
     Raises:
-        UnsupportedModelError: see `get_adapter`.
+        UnsupportedModelError: see `get_adapter`; or the model's class overrides `generate`.
+        UnsupportedVersionError: see `get_adapter`.
         InvalidInputError: the model has a handle already, or an encoder stage does not fit the encoder.
         MissingSignalError: the pruner requires a signal that the model does not give.
     """
@@ -161,12 +162,13 @@ def prune(
 
 def get_handle(model: PreTrainedModel) -> PruneHandle | None:
     """The handle that prunes this model's calls, e.g. on a `deepcopy` of an attached model; None if there is none."""
-    owner = getattr(model.__dict__.get("generate"), "__self__", None)
+    owner = getattr(base_model(model).__dict__.get("generate"), "__self__", None)
     return owner if isinstance(owner, PruneHandle) else None
 
 
 class PruneHandle:
-    """The attachment of one pruner to one model: an instance attribute `generate` and one forward pre-hook.
+    """The attachment of one pruner to one model: instance attributes `generate` and `init_continuous_batching`, and one
+    forward pre-hook.
 
     `generate` returns the ids that were passed in, followed by new tokens. A plain `model(...)` returns logits of the
     short prompt; `handle.last.columns` says which original column each belongs to. Calls of inner modules, such
@@ -196,6 +198,8 @@ class PruneHandle:
                 "remove that handle first: get_handle(model).remove()"
             )
         adapter = get_adapter(model)
+        model = base_model(model)
+        _check_generate(type(model))
         adapter.check_signals(type(pruner).__name__, pruner.requires)
         rows, cols = adapter.grid()
         adapter.check_stages(pruner.encoder_stages(rows * cols, adapter.num_layers))
@@ -215,13 +219,14 @@ class PruneHandle:
         # Bound methods: deepcopy of a model binds them to the copy, where a closure would keep calling the original.
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.model.generate = self._generate
+        self.model.init_continuous_batching = self._refuse_continuous_batching
 
     def remove(self) -> None:
         """Leaves the model as it was; doing it twice does no harm."""
         if get_handle(self.model) is not self:
             return
         self._hook.remove()
-        del self.model.__dict__["generate"]
+        del self.model.__dict__["generate"], self.model.__dict__["init_continuous_batching"]
         if self._previous is not None:
             self.model.generate = self._previous
 
@@ -261,6 +266,10 @@ class PruneHandle:
             torch.compiler.is_compiling() or not self._is_long_step(call)
         ):
             return None
+        return self._shorten_call(model, call)  # type: ignore[attr-defined]
+
+    @torch.compiler.disable  # a compiled model begins behind it: what is chosen depends on data
+    def _shorten_call(self, model: Any, call: Mapping[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         short = self._shorten(call, whole_prompt=False)
         _warn_if_idle(short.record)
         if short.columns is None:
@@ -275,6 +284,12 @@ class PruneHandle:
             get_adapter(model).rope_offset = short.next_position - real.sum(dim=1, keepdim=True)
         self._remember(inputs.get("past_key_values"), short)
         return (), inputs
+
+    def _refuse_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise InvalidInputError(
+            "continuous batching (generate_batch, cache_implementation='paged') takes token ids without images and "
+            "would answer without seeing them; call generate, or remove the handle for prompts that have no image"
+        )
 
     def _is_long_step(self, call: Mapping[str, Any]) -> bool:
         """Whether a plain call continues a pruned prompt with a mask that still counts the dropped tokens."""
@@ -306,6 +321,16 @@ class PruneHandle:
             ids = short.original["input_ids"]
             known = ids if ids.shape[1] == short.width else None
             self._prompts[cache] = CachedPrompt(short.columns, short.width, known, short.next_position)
+
+
+def _check_generate(cls: type) -> None:
+    """Refuses a model whose class does something else in `generate` than transformers."""
+    owner = next((parent for parent in cls.__mro__ if "generate" in vars(parent)), cls)
+    if owner is not GenerationMixin:
+        raise UnsupportedModelError(
+            f"{owner.__name__} overrides generate, and what it does with a shorter prompt is unknown; load the class "
+            "of transformers without trust_remote_code, or call prune_inputs and hand its inputs on yourself"
+        )
 
 
 def _warn_if_idle(record: PruneRecord | None) -> None:

@@ -5,6 +5,7 @@ from dcp_prune.models.base import (
     ModelAdapter,
     Reduction,
     adapter_class,
+    base_model,
     get_adapter,
     supported_architectures,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "ModelAdapter",
     "Reduction",
     "adapter_class",
+    "base_model",
     "get_adapter",
     "plain_layout",
     "supported_architectures",

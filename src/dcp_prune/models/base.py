@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -14,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError, MissingSignalError, UnsupportedModelError
+from dcp_prune.errors import InvalidInputError, MissingSignalError, UnsupportedModelError, UnsupportedVersionError
 from dcp_prune.models.layout import ImageLayout, tile_rows
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
@@ -306,13 +308,21 @@ def adapter_class(architecture: str) -> type[ModelAdapter]:
     return getattr(import_module(module), attribute)
 
 
+def base_model(model: Any) -> Any:
+    """The model of transformers inside a `PeftModel`, whose calls go through it; any other model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
 def get_adapter(model: Any) -> ModelAdapter:
     """The adapter of a loaded model, by the name of its class or of a parent class, and by its vision tower.
 
     Raises:
         UnsupportedModelError: no adapter, an encoder-decoder model, tensor parallelism, or whatever the adapter
             itself cannot prune.
+        UnsupportedVersionError: this version of transformers cannot be handed features.
     """
+    model = base_model(model)
     names = [cls.__name__ for cls in type(model).__mro__]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -329,13 +339,36 @@ def get_adapter(model: Any) -> ModelAdapter:
             f"{names[0]} is sharded by tensor parallelism, where each rank holds only some attention heads; "
             "load it without tp_plan (device_map='auto' works)"
         )
+    if not _takes_features(type(model)):
+        raise UnsupportedVersionError(
+            f"{names[0]} of the installed transformers takes no mm_encoder_outputs, the argument that hands over "
+            "pruned features; install transformers 5.19 or later, below 6"
+        )
     return adapter_class(architecture)(model)
+
+
+@functools.cache
+def _takes_features(cls: type) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(cls.forward).parameters
+
+
+def read_parameter(module: Any, name: str) -> Tensor:
+    """A parameter that belongs to `module` itself, fetched if accelerate keeps it offloaded outside of a call."""
+    if not getattr(module, name).is_meta:
+        return getattr(module, name)
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return getattr(module, name).detach()
 
 
 def _no_adapter(model: Any, name: str) -> str:
     inner = getattr(model, "_orig_mod", None)
     if inner is not None:
         return f"{name} wraps a {type(inner).__name__}; attach to that model first and compile it afterwards"
+    inner = getattr(model, "module", None)
+    if inner is not None:
+        return f"{name} wraps a {type(inner).__name__}; attach to that model, which is its attribute `module`"
     supported = supported_architectures()
     near = difflib.get_close_matches(name, supported, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""

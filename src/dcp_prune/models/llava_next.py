@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from dcp_prune.errors import InvalidInputError
+from dcp_prune.models.base import read_parameter
 from dcp_prune.models.layout import ImageLayout, tiled_layout
 from dcp_prune.models.llava import LlavaAdapter
 
@@ -31,7 +32,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
     @property
     def separator(self) -> Float[Tensor, " d"]:
-        return self.model.model.image_newline
+        return read_parameter(self.model.model, "image_newline")
 
     def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
         pixels, sizes = images["pixel_values"], images.get("image_sizes")
