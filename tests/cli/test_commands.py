@@ -48,6 +48,7 @@ def _matches(name: str, text: str) -> None:
         "compare",
         "validate",
         "serve",
+        "vllm-args",
     ],
 )
 def test_help_reads_as_it_did(dcp_prune: Run, command: str) -> None:

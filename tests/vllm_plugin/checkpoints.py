@@ -33,7 +33,7 @@ def make_deep(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         initializer_range=0.2,
         **special,
     )

@@ -17,7 +17,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import EmbeddingItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from dcp_prune.errors import InvalidInputError
+from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.integrations.vllm.metrics import Metrics
 from dcp_prune.integrations.vllm.request import FIELDS, ImageRequest, to_fields
 from dcp_prune.integrations.vllm.settings import Settings
@@ -64,11 +64,20 @@ class RequestingProcessor:
 
 
 class PrunedProcessingInfo:
-    """What vLLM asks about a model's images, in front of the stock class."""
+    """What vLLM asks about a model's images, in front of the stock class.
+
+    Raises (at construction):
+        UnsupportedModelError: settings that cannot be, in one sentence.
+        UnknownPrunerError: no such pruner.
+    """
 
     def __init__(self, ctx: Any) -> None:
         super().__init__(ctx)  # type: ignore[call-arg]
-        _ = self.settings  # refused when the server starts, not with the first image
+        try:
+            _ = self.settings  # refused when the server starts, not with the first image
+        except InvalidInputError as error:
+            # A ValueError would make vLLM believe that the model reads no images, and serve it without.
+            raise UnsupportedModelError(str(error)) from error
 
     @cached_property
     def settings(self: Any) -> Settings:
@@ -135,7 +144,26 @@ class PrunedProcessor:
         ]
         given = {each.name: getattr(inputs, each.name) for each in fields(inputs)}
         given["hf_processor_mm_kwargs"] = {**others, NUM_TOKENS: budget, REQUESTS: hashes.requests}
-        return super().apply(PrunedInputs(**given, hashes=hashes), *args, **kwargs)  # type: ignore[misc]
+        requests = list(hashes.requests)
+        output = super().apply(PrunedInputs(**given, hashes=hashes), *args, **kwargs)  # type: ignore[misc]
+        if any(request.is_real for request in requests):
+            kept = sum(place.length for place in output["mm_placeholders"]["image"])
+            self.metrics.count(
+                visual_tokens_before=self._tokens_before(inputs.mm_data_items["image"]), visual_tokens_after=kept
+            )
+        return output
+
+    def _tokens_before(self, images: Any) -> int:
+        """Visual tokens of these images without pruning; encoded images, and those known by name only, count as large
+        ones."""
+        total = 0
+        for image in range(len(images)):
+            if isinstance(images, EmbeddingItems) or images.get(image) is None:
+                total += self.info.get_max_image_tokens()
+            else:
+                size = images.get_image_size(image)
+                total += self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
+        return total
 
     def _requests(self, prompt: Sequence[int], images: Sequence[str], budget: int) -> list[ImageRequest]:
         settings: Settings = self.info.settings

@@ -1,0 +1,97 @@
+"""`vllm-args`: the command that serves a model with vLLM, pruned."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from dcp_prune.cli.common import DEFAULT_NUM_TOKENS, Text, Whole, app
+from dcp_prune.errors import InvalidInputError, UnsupportedModelError
+
+
+@app.command
+def vllm_args(
+    model: Annotated[str, Parameter(help="The folder of a model or its hub name; testbed-weak or testbed-aligned.")],
+    *,
+    pruner: Annotated[
+        str, Parameter(help="Which pruner selects the tokens, with options if need be: dcp(text_weight=0.5).")
+    ] = "dcp",
+    num_tokens: Annotated[
+        int, Whole, Parameter(help="Visual tokens to keep per image, and the most that a request may ask for.")
+    ] = DEFAULT_NUM_TOKENS,
+    text_scope: Annotated[
+        str,
+        Parameter(help="Whose words the pruner reads: turn, prompt or none (images are then cached as in stock vLLM)."),
+    ] = "turn",
+    turn_end: Annotated[
+        str | None, Text, Parameter(help="What ends a turn, where the chat template does not say it: 'ASSISTANT:'.")
+    ] = None,
+    max_images_per_batch: Annotated[int, Whole, Parameter(help="Images that the vision encoder sees at once.")] = 16,
+    stage1_cache_mb: Annotated[
+        int, Whole, Parameter(help="Megabytes of encoded images that are kept for another question.")
+    ] = 256,
+    request_budgets: Annotated[
+        bool, Parameter(negative=(), help="Let requests over HTTP ask for less in mm_processor_kwargs.")
+    ] = False,
+    metrics: Annotated[
+        bool, Parameter(negative=(), help="Report kappa, re-selections, cache hits and times at /metrics as well.")
+    ] = False,
+    architecture: Annotated[
+        str | None, Parameter(help="Class of the model, where its config cannot be read here.")
+    ] = None,
+) -> None:
+    """Print the command that serves a model with vLLM, pruned.
+
+    It needs this package and vLLM in the same environment. Paste it into a shell, and add options of vLLM at its end.
+    """
+    from dcp_prune.assistant import TESTBED_MODELS
+    from dcp_prune.eval.methods import QUESTION, parse_spec
+    from dcp_prune.integrations.vllm import ARCHITECTURES, pruned_architecture
+    from dcp_prune.integrations.vllm.settings import Settings
+    from dcp_prune.testbed.load import checkpoint_path
+
+    spec = parse_spec(pruner)
+    if spec.text != QUESTION:
+        raise InvalidInputError(f"{pruner!r} has a condition on the question, which is for sweeps; leave it out")
+    given: dict[str, Any] = {"text_scope": text_scope, "turn_end": turn_end, "stage1_cache_mb": stage1_cache_mb}
+    settings = Settings(
+        num_tokens=num_tokens,
+        pruner=spec.pruner,
+        options=spec.options,
+        max_images_per_batch=max_images_per_batch,
+        **given,
+    )
+    name = str(checkpoint_path(TESTBED_MODELS[model])) if model in TESTBED_MODELS else model
+    found = architecture or _architecture_of(name)
+    pruned = pruned_architecture(found)
+    if pruned is None:
+        raise UnsupportedModelError(
+            f"{model} is a {found}, which cannot be pruned in vLLM so far; there are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    overrides = {"architectures": [pruned], "dcp_prune": settings.as_overrides()}
+    words = ["vllm", "serve", name, "--hf-overrides", json.dumps(overrides)]
+    if request_budgets:
+        words.append("--trust-request-mm-kwargs")
+    directory = "PROMETHEUS_MULTIPROC_DIR=$(mktemp -d) " if metrics else ""
+    sys.stdout.write(f"{directory}{shlex.join(words)}\n")
+
+
+def _architecture_of(model: str) -> str:
+    """Class of a model by its config, which is looked for in the folder, then in the hub's cache, then on the hub."""
+    config = Path(model) / "config.json"
+    try:
+        if config.is_file():
+            return json.loads(config.read_text())["architectures"][0]
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(model).architectures[0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        raise InvalidInputError(
+            f"the config of {model} cannot be read; give the folder of the model, or its class with --architecture "
+            "LlavaForConditionalGeneration"
+        ) from None
