@@ -26,7 +26,7 @@ def vllm_args(
     ] = DEFAULT_NUM_TOKENS,
     text_scope: Annotated[
         str,
-        Parameter(help="Whose words the pruner reads: turn, prompt or none (images are then cached as in stock vLLM)."),
+        Parameter(help="Which words the pruner reads: turn, prompt, or none (images are cached as in stock vLLM)."),
     ] = "turn",
     turn_end: Annotated[
         str | None, Text, Parameter(help="What ends a turn, where the chat template does not say it: 'ASSISTANT:'.")
@@ -89,7 +89,8 @@ def _architecture_of(model: str) -> str:
             return json.loads(config.read_text())["architectures"][0]
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(model).architectures[0]
+        names: Any = AutoConfig.from_pretrained(model).architectures
+        return names[0]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise InvalidInputError(
             f"the config of {model} cannot be read; give the folder of the model, or its class with --architecture "
