@@ -54,6 +54,8 @@ def test_architectures_are_mapped_by_name() -> None:
         ({"num_token": 16}, "no setting 'num_token'; did you mean num_tokens?"),
         ({"num_tokens": 0}, "num_tokens must be a whole number of at least 1, got 0"),
         ({"num_tokens": 16.5}, "num_tokens must be a whole number"),
+        ({"num_tokens": [8, 128]}, "vLLM has to know before it sees one; give num_tokens as one number"),
+        ({"num_tokens": 16, "options": {"max_distance": 0.1}}, "without max_distance"),
         ({"num_tokens": 16, "text_scope": "all"}, "text_scope must be one of turn, prompt, none, got 'all'"),
         ({"num_tokens": 16, "options": 3}, "options must be an object"),
         ({"num_tokens": 16, "options": {"keep_ratio": 0.1}}, "the budget is num_tokens beside options"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from dcp_prune.budget import is_range
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import make_pruner
@@ -57,17 +58,17 @@ class Settings:
             raise InvalidInputError(f"options must be an object of the pruner's fields, got {self.options!r}")
         for name in {"num_tokens", "keep_ratio"} & set(self.options):
             raise InvalidInputError(f"options sets {name}; the budget is num_tokens beside options")
+        if is_range(self.num_tokens) or self.options.get("max_distance") is not None:
+            raise InvalidInputError(
+                "a range of num_tokens lets the image decide how many stay, and vLLM has to know before it sees one; "
+                "give num_tokens as one number, without max_distance"
+            )
         if self.turn_end is not None and (not isinstance(self.turn_end, str) or not self.turn_end.strip()):
             raise InvalidInputError(f"turn_end must be a text such as 'ASSISTANT:', got {self.turn_end!r}")
         check_whole("num_tokens", self.num_tokens, 1)
         check_whole("max_images_per_batch", self.max_images_per_batch, 1)
         check_whole("stage1_cache_mb", self.stage1_cache_mb, 0)
         pruner = self.make_pruner()
-        if not isinstance(pruner.budget.num_tokens, int):
-            raise InvalidInputError(
-                f"pruner {self.pruner!r} decides by the image how many tokens stay, and vLLM has to know before it "
-                "sees one; give num_tokens as one number"
-            )
         if pruner.joint:
             raise InvalidInputError(
                 f"pruner {self.pruner!r} lets the images of a batch bear on each other, and vLLM batches images of "
