@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,9 @@ def test_a_model_without_adapter_is_refused_with_the_list_of_supported_ones() ->
         get_adapter(llama)
     for name in supported_architectures():
         assert name in str(error.value)
+    page = re.search(r"docs/how-to/[\w-]+\.md", str(error.value))
+    assert page is not None, "it says where to read how to write one"
+    assert (Path(__file__).parents[2] / page[0]).is_file()
 
 
 def test_a_near_name_is_suggested() -> None:

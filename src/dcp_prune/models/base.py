@@ -9,7 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -41,6 +43,9 @@ _ADAPTERS = {
 }
 """Name of the model's class -> `module:class` of its adapter, imported when a model asks for it; in brackets the model
 type of the vision tower, where another one has an adapter of its own."""
+
+ENTRY_POINT_GROUP = "dcp_prune.adapters"
+"""Group in which another package lists its adapters: name of the model's class -> "module:Class"."""
 
 
 class Reduction(Protocol):
@@ -298,14 +303,38 @@ class ModelAdapter(ABC):
 
 
 def supported_architectures() -> tuple[str, ...]:
-    """Names of the model classes that have an adapter; in brackets a vision tower that has one of its own."""
-    return tuple(sorted(_ADAPTERS))
+    """Names of the model classes that have an adapter, built in or in another package; in brackets a vision tower that
+    has one of its own."""
+    return tuple(sorted({*_ADAPTERS, *_foreign_adapters()}))
 
 
 def adapter_class(architecture: str) -> type[ModelAdapter]:
-    """What supports a model class of `supported_architectures`, for its flags."""
-    module, _, attribute = _ADAPTERS[architecture].partition(":")
-    return getattr(import_module(module), attribute)
+    """What supports a model class of `supported_architectures`, for its flags. A built-in name goes before an entry
+    point's.
+
+    Raises:
+        UnsupportedModelError: the entry point of another package leads to no adapter.
+    """
+    target = _ADAPTERS.get(architecture) or _foreign_adapters()[architecture]
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"the adapter of {architecture} is registered as {target!r}, which cannot be imported: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, ModelAdapter)):
+        raise UnsupportedModelError(
+            f"the adapter of {architecture} is registered as {target!r}, which is no subclass of ModelAdapter; correct "
+            f"the entry point {ENTRY_POINT_GROUP!r} of its package"
+        )
+    return found
+
+
+@cache
+def _foreign_adapters() -> Mapping[str, str]:
+    """Those of other packages, read once, since it takes a while and every call asks for an adapter."""
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def base_model(model: Any) -> Any:
@@ -330,8 +359,8 @@ def get_adapter(model: Any) -> ModelAdapter:
             f"tokens that could be dropped; use one of: {', '.join(supported_architectures())}"
         )
     tower = getattr(getattr(getattr(model, "config", None), "vision_config", None), "model_type", None)
-    known = (name for each in names for name in (f"{each}({tower})", each) if name in _ADAPTERS)
-    architecture = next(known, None)
+    candidates = (name for each in names for name in (f"{each}({tower})", each))
+    architecture = next((name for name in candidates if name in _ADAPTERS or name in _foreign_adapters()), None)
     if architecture is None:
         raise UnsupportedModelError(_no_adapter(model, names[0]))
     if (getattr(model, "tp_size", None) or 1) > 1:
@@ -372,7 +401,10 @@ def _no_adapter(model: Any, name: str) -> str:
     supported = supported_architectures()
     near = difflib.get_close_matches(name, supported, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""
-    return f"{name} has no adapter for visual-token pruning; supported: {', '.join(supported)}{hint}"
+    return (
+        f"{name} has no adapter for visual-token pruning; supported: {', '.join(supported)}{hint}; "
+        "docs/how-to/add-a-model.md says how to write one"
+    )
 
 
 def _take_rows(tokens: Any, index: Int[Tensor, " i"]) -> Any:
