@@ -29,7 +29,7 @@ sweep() { # folder checkpoint difficulty questions budgets pruner...
     .venv/bin/dcp-prune sweep "${options[@]}" "${@/#/--pruner=}" --compact "${extra[@]}"
 }
 
-mkdir -p "$results"/{sweeps,distances,ablations,adaptive}
+mkdir -p "$results"/{sweeps,distances,ablations,adaptive,tiles}
 for checkpoint in weak aligned; do
     extra=()
     sweep sweeps $checkpoint crowded "$limit" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
@@ -46,4 +46,7 @@ for checkpoint in weak aligned; do
     extra=(--distances)
     sweep distances $checkpoint crowded "$(fewer 1008)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
     sweep distances $checkpoint standard "$(fewer 252)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
+    extra=(--tiles)
+    sweep tiles $checkpoint crowded "$(fewer 406)" 80,40,20,0 none dcp dcp_progressive "${pruners[@]}"
 done
+.venv/bin/python tools/measure_tile_views.py --limit "$(fewer 406)" --json "$results/tile-views.json"

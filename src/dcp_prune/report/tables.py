@@ -77,11 +77,26 @@ def models(result: Result) -> str:
     return _markdown(header, body)
 
 
+def views(result: Result) -> str:
+    """Accuracy of the unpruned model with parts of a tiled image, for each base of the rotary positions."""
+    names = {(NONE, True): "overview and tiles", (NONE, False): "no image"}
+    rows: dict[tuple[str, float], dict[tuple[str, int], str]] = {}
+    for row in result["results"]:
+        low, high = (100 * bound for bound in row["ci95"])
+        own = rows.setdefault((row["checkpoint"], row["rope_theta"]), {})
+        own[row["view"], row["num_tokens"]] = f"{100 * row['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+    parts = list(dict.fromkeys(part for own in rows.values() for part in own))
+    titles = [f"{names.get((view, tokens > 0), view)}: {tokens:,}" for view, tokens in parts]
+    body = [[f"`{name}`", f"{theta:,.0f}", *(own[part] for part in parts)] for (name, theta), own in rows.items()]
+    return _markdown(["checkpoint", "base of positions", *titles], body)
+
+
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "cost": cost,
     "models": models,
     "published": published,
     "selection": selection,
+    "views": views,
 }
 """Name in a document's mark -> what draws the table."""
 
