@@ -11,6 +11,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -54,21 +55,23 @@ def main() -> None:
     arguments = parser.parse_args()
     path = check_writable(arguments.json)
     torch.set_num_threads(1)
-    results = []
+    results, questions = [], {}
     for checkpoint in CHECKPOINTS:
         model, processor = load(checkpoint)
-        for rope_theta in (model.config.text_config.rope_parameters["rope_theta"], ROPE_THETA):
+        text: Any = model.config.text_config
+        for rope_theta in (text.rope_parameters["rope_theta"], ROPE_THETA):
             tiled = with_tiles(model, processor, rope_theta=rope_theta)
             measured = summarise(
                 evaluate(*tiled, VIEWS, HELD_OUT, arguments.limit, difficulty="crowded", grid=TILED_GRID)
             )
+            questions = measured["questions"]
             results += [
                 {"checkpoint": checkpoint, "rope_theta": rope_theta, "view": row["pruner"]}
                 | {name: row[name] for name in ("num_tokens", "accuracy", "ci95", "n")}
                 for row in measured["results"]
                 if row["task"] == "all"
             ]
-    result = {"results": results, "questions": measured["questions"], "environment": environment()}
+    result = {"results": results, "questions": questions, "environment": environment()}
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
