@@ -212,6 +212,13 @@ def test_placeholders_that_are_no_whole_tiles_or_not_those_of_the_pixels_are_ref
         prune_inputs(family.model, words | {"pixel_values": inputs["pixel_values"]}, pruner)
 
 
+def test_of_several_conversations_at_once_the_pixels_of_all_images_are_needed(family: InternVL) -> None:
+    inputs = family.make_inputs([PROMPT, PROMPT], pictures(1, 2))
+    later = inputs | {"pixel_values": inputs["pixel_values"][3:]}
+    with pytest.raises(InvalidInputError, match="for several conversations at once pass the pixels of all"):
+        prune_inputs(family.model, later, make_pruner("dcp", num_tokens=5))
+
+
 def test_one_token_for_an_image_of_several_tiles_is_enough(family: InternVL) -> None:
     inputs = family.make_inputs([TWO], pictures(1, 2))
     for name in ("dcp", "random", "holov"):
