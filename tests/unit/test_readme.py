@@ -13,11 +13,13 @@ from dcp_prune.report.pages import main
 
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text()
+PAGES = ("performance.md", "how-to/vllm.md")
+"""Those with tables from result files."""
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 
 
 def test_the_tables_are_up_to_date_with_what_was_measured():
-    assert main(["--check", str(PROJECT / "README.md"), str(PROJECT / "docs" / "performance.md")]) == 0
+    assert main(["--check", str(PROJECT / "README.md"), *(str(PROJECT / "docs" / page) for page in PAGES)]) == 0
 
 
 def test_the_python_example_runs_as_it_stands_and_reads_sixteen_tokens(tmp_path):

@@ -1,4 +1,5 @@
 """vLLM's OpenAI server as a process of its own, asked by HTTP."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ class Server:
         """Ends it and everything it started."""
         family = self.family()
         self.process.send_signal(signal.SIGINT)
-        _, alive = psutil.wait_procs(family, timeout=20)
+        alive = psutil.wait_procs(family, timeout=20)[1]
         for each in alive:
             each.kill()
         psutil.wait_procs(alive, timeout=10)

@@ -91,12 +91,58 @@ def views(result: Result) -> str:
     return _markdown(["checkpoint", "base of positions", *titles], body)
 
 
+def vllm(result: Result) -> str:
+    """Stock vLLM, the plug-in with nothing pruned, and pruned: medians of interleaved runs, and their ratios to
+    stock vLLM, taken within a round."""
+    loads = list(next((row["requests_per_second"] for row in result["results"] if row["requests_per_second"]), {}))
+    header = ["model", "server", "visual tokens", "time to first token", "whole request"]
+    header += [f"requests/s, {load} at a time" for load in loads]
+    names = {"stock": "stock vLLM", "all": "plug-in, nothing pruned", "pruned": "plug-in, pruned"}
+    body = []
+    for row in result["results"]:
+        times = [f"{row[f'{name}_ms']:,.0f} ms ({row[f'{name}_ratio']:.3f})" for name in ("ttft", "request")]
+        rates = [
+            f"{row['requests_per_second'][load]:.1f} ({row['throughput_ratio'][load]:.2f})"
+            if load in row["requests_per_second"]
+            else ""
+            for load in loads
+        ]
+        body.append([row["model"], names[row["arm"]], str(row["num_tokens"]), *times, *rates])
+    return _markdown(header, body)
+
+
+def soak(result: Result) -> str:
+    """What was asked of one server for long, whether the answers were right, and what became of its memory."""
+    body = [
+        [
+            name,
+            f"{kind['asked']:,}",
+            f"{kind['as_expected']:,}",
+            f"{kind['median_seconds']:.2f} s",
+            "" if kind["p95_seconds"] is None else f"{kind['p95_seconds']:.2f} s",
+        ]
+        for name, kind in result["kinds"].items()
+    ]
+    memory = result["resident_mib"]
+    table = _markdown(["requests", "asked", "as expected", "median", "95th percentile"], body)
+    claims = "; ".join(f"{claim}: {'yes' if holds else '**no**'}" for claim, holds in result["holds"].items())
+    return (
+        f"{table}\n\n{result['requests']:,} of {result['planned_requests']:,} planned requests in "
+        f"{result['seconds'] / 60:.1f} minutes, {result['concurrency']} at a time. Resident memory after "
+        f"{memory['warm_up_requests']:,} requests {memory['after_warm_up']:,.0f} MiB, at the end "
+        f"{memory['at_end']:,.0f} MiB, at most {memory['largest']:,.0f} MiB. Largest difference of a logprob from "
+        f"transformers: {result['largest_logprob_difference']:.1e}. {claims}."
+    )
+
+
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "cost": cost,
     "models": models,
     "published": published,
     "selection": selection,
     "views": views,
+    "soak": soak,
+    "vllm": vllm,
 }
 """Name in a document's mark -> what draws the table."""
 
@@ -123,7 +169,8 @@ def _source(name: str, result: Result) -> str:
     if "source" in result:
         return f"<sub>{result['source']}. Data: [`{name}`]({name}).</sub>"
     environment = result["environment"]
-    versions = ", ".join(f"{package} {environment['packages'][package]}" for package in ("torch", "transformers"))
+    packages = [name for name in ("torch", "transformers", "vllm") if name in environment["packages"]]
+    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in packages)
     device = " + ".join([*environment["gpus"], f"{environment['cpu']}, {environment['threads']} threads"])
     about = f"{result['description']} " if "description" in result else ""
     return f"<sub>{about}Source: [`{name}`]({name}); {versions}; {device}.</sub>"

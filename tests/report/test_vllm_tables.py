@@ -1,0 +1,48 @@
+"""Tables of vLLM's result files say what was measured, losses included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcp_prune.report.tables import TABLES
+
+
+def arm(name: str, num_tokens: int, factor: float, loads: bool = True) -> dict[str, Any]:
+    return {
+        "model": "testbed",
+        "arm": name,
+        "num_tokens": num_tokens,
+        "ttft_ms": 1000 * factor,
+        "ttft_ratio": factor,
+        "request_ms": 2000 * factor,
+        "request_ratio": factor,
+        "requests_per_second": {"1": 2.0 / factor} if loads else {},
+        "throughput_ratio": {"1": 1 / factor} if loads else {},
+    }
+
+
+def test_a_comparison_shows_ratios_and_leaves_open_what_was_not_asked():
+    rows = [arm("stock", 576, 1.0), arm("all", 576, 1.25), arm("pruned", 16, 0.5, loads=False)]
+    lines = TABLES["vllm"]({"results": rows}).splitlines()
+    assert lines[0].endswith("| requests/s, 1 at a time |")
+    assert "| plug-in, nothing pruned | 576 | 1,250 ms (1.250) | 2,500 ms (1.250) | 1.6 (0.80) |" in lines[3]
+    assert lines[4].endswith("| 16 | 500 ms (0.500) | 1,000 ms (0.500) |  |")
+
+
+def test_a_soak_says_which_claims_do_not_hold():
+    kind = {"asked": 3, "as_expected": 2, "median_seconds": 0.5, "p95_seconds": None}
+    memory = {"warm_up_requests": 1, "after_warm_up": 100.0, "at_end": 120.0, "largest": 130.0}
+    result = {
+        "kinds": {"plain": kind},
+        "resident_mib": memory,
+        "requests": 3,
+        "planned_requests": 10,
+        "seconds": 90.0,
+        "concurrency": 32,
+        "largest_logprob_difference": 2e-5,
+        "holds": {"no crash": True, "memory flat": False},
+    }
+    drawn = TABLES["soak"](result)
+    assert "| plain | 3 | 2 | 0.50 s |  |" in drawn
+    assert "3 of 10 planned requests in 1.5 minutes" in drawn
+    assert "no crash: yes; memory flat: **no**" in drawn
