@@ -140,8 +140,8 @@ TABLES: Mapping[str, Callable[[Result], str]] = {
     "models": models,
     "published": published,
     "selection": selection,
-    "views": views,
     "soak": soak,
+    "views": views,
     "vllm": vllm,
 }
 """Name in a document's mark -> what draws the table."""
