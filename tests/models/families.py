@@ -495,7 +495,6 @@ class Qwen2VL(Family):
     """Its processor needs a video processor, and that torchvision: ids are made by hand."""
 
     name = "qwen2_vl"
-    staged = False
     kind: Any = Qwen2VLForConditionalGeneration
     rope: ClassVar[dict[str, Any]] = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10_000.0}
 
@@ -730,7 +729,6 @@ class QwenVideos(Qwen2VL):
     """Videos of two or three pairs of frames, across which the picture moves."""
 
     modality = "video"
-    staged = False
 
     def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
         clips = [self.clip(picture) for picture in pictures]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from families import (
     FAMILIES,
     IMAGE_ID,
+    PATCH,
     QWEN_VIDEOS,
     SIZES,
     VIDEO_ID,
@@ -27,13 +28,14 @@ from families import (
 from PIL import Image
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.vision_utils import get_vision_window_index
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.transformers import encode_images, prune, prune_inputs
 from dcp_prune.models import get_adapter
-from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.pruners.base import EncoderStage, SelectionPruner
 from dcp_prune.registry import make_pruner
-from dcp_prune.tokens import VisualTokens
+from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
 QWEN = [family for family in (*FAMILIES, *QWEN_VIDEOS) if isinstance(family, Qwen2VL)]
 IMAGES = [family for family in QWEN if family.modality == "image"]
@@ -397,3 +399,114 @@ def test_a_video_without_frames_is_refused(videos: QwenVideos) -> None:
     inputs |= {"video_grid_thw": torch.tensor([[0, 6, 6]]), "pixel_values_videos": inputs["pixel_values_videos"][:0]}
     with pytest.raises(InvalidInputError, match=r"video 0 has nothing to show, 0 frame\(s\) .* take it and its"):
         prune_inputs(videos.model, inputs, make_pruner("random", num_tokens=6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryOther(EncoderStage):
+    """Keeps every other token of what is left as it is."""
+
+    num_tokens: int | None = 0
+
+    def reduce(self, tokens: EncoderTokens) -> EncoderReduction:
+        f, n, _ = tokens.features.shape
+        kept = torch.arange(0, n, 2).expand(f, -1)
+        slots = torch.arange(n).expand(f, -1)
+        return EncoderReduction(tokens.features[:, ::2], kept, torch.where(slots % 2 == 0, slots // 2, -1))
+
+
+def test_dropping_units_inside_the_encoder_is_what_masking_them_does(either: Qwen2VL) -> None:
+    inputs = either.make_inputs([TWO], [make_picture(0, (90, 90)), make_picture(1, (90, 90))])
+    pixels, grids = (inputs[name] for name in either.adapter.image_inputs[:2])
+    with torch.no_grad():
+        encoded = either.adapter.encode(inputs, (EveryOther(layer=0), EveryOther(layer=1)))
+    size = encoded.layouts[0].tile_size
+    dropped = torch.ones(2, size, dtype=torch.bool)  # behind the first and behind the second stage
+    dropped[0, ::2], dropped[1, ::4] = False, False
+
+    model = copy.deepcopy(either.model)
+    tower = model.model.visual
+    frames = int(grids[:, 0].sum())
+    order = torch.arange(frames * size)
+    if hasattr(tower, "fullatt_block_indexes"):
+        order, _ = get_vision_window_index(grids, 2, tower.window_size, PATCH)
+    seen = [0] * len(tower.blocks)
+
+    def watch(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, **rest: Any) -> Any:
+        number = [block.attn for block in tower.blocks].index(module)
+        span = slice(seen[number], seen[number] + query.shape[2])
+        seen[number] = span.stop
+        gone = dropped[min(number, 2) - 1].repeat(frames)[order].repeat_interleave(4)[span]
+        logits = query @ key.mT * scaling
+        if number:
+            logits = logits.masked_fill(gone, torch.finfo(logits.dtype).min)
+        return (logits.softmax(dim=-1) @ value).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("watching", watch)
+    tower.config._attn_implementation = "watching"
+    with torch.no_grad():
+        own = model.model.get_image_features(pixels, grids)
+    for image, features in enumerate(own.pooler_output):
+        survivors = encoded.tokens.indices[image][encoded.tokens.mask[image]]
+        assert torch.equal(survivors % size, torch.arange(0, size, 4).repeat(len(features) // size))
+        torch.testing.assert_close(encoded.tokens.features[image], features[survivors], rtol=1e-4, atol=1e-4)
+        for layer, expected in zip(encoded.deepstack, getattr(own, "deepstack_features", None) or [], strict=True):
+            torch.testing.assert_close(layer[image, survivors], expected[image][survivors], rtol=1e-4, atol=1e-4)
+
+
+def test_stages_see_units_in_raster_order_with_the_features_of_their_four_patches(family: Qwen2VL) -> None:
+    seen: list[EncoderTokens] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Look(EveryOther):
+        requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION})
+
+        def reduce(self, tokens: EncoderTokens) -> EncoderReduction:
+            seen.append(tokens)
+            return super().reduce(tokens)
+
+    model = blinded(family)
+    inputs = family.make_inputs([PROMPT], [make_spot((112, 168), (0.0, 0.0), 0.5)])
+    adapter = get_adapter(model)
+    with torch.no_grad():
+        adapter.encode(inputs, (Look(layer=0), Look(layer=1)))
+    first, second = seen
+    assert first.features.shape == (1, 24, 4 * 64)
+    assert first.positions[0].tolist() == [[row, col] for row in range(4) for col in range(6)]
+    assert torch.equal(second.features, first.features[:, ::2]), "blind layers change nothing"
+    odd = (first.features[0] - first.features[0, -1]).norm(dim=1) > 1e-3
+    assert odd.nonzero().squeeze(1).tolist() == [0, 1, 2, 6, 7, 8]
+    # Behind layer 0, Qwen2.5 has attended within windows, of which there are six; behind layer 1, to the frame.
+    shares = [0.25 * (6 if hasattr(model.model.visual, "fullatt_block_indexes") else 1), 0.25]
+    for tokens, share in zip(seen, shares, strict=True):
+        assert tokens.cls_attention is not None
+        torch.testing.assert_close(tokens.cls_attention.sum(), torch.tensor(share))
+
+
+def test_images_of_one_size_but_other_sides_share_a_pass(family: Qwen2VL) -> None:
+    pictures = [make_picture(0, (112, 140)), make_picture(1, (140, 112))]
+    inputs = family.make_inputs([PROMPT, PROMPT], pictures)
+    pruner = make_pruner("dcp_progressive", num_tokens=4)
+    both = prune_inputs(family.model, inputs, pruner).record
+    assert both is not None
+    assert [layout.grid for layout in both.layouts] == [(4, 5), (5, 4)]
+    for number, picture in enumerate(pictures):
+        alone = prune_inputs(family.model, family.make_inputs([PROMPT], [picture]), pruner).record
+        assert alone is not None
+        assert torch.equal(both.indices[number], alone.indices[0])
+
+
+def test_an_encoder_pass_with_stages_is_for_images_of_one_size(family: Qwen2VL) -> None:
+    pruner = make_pruner("dcp_progressive", num_tokens=4)
+    inputs = family.make_inputs([TWO], [make_picture(0, (90, 90)), make_picture(1, (60, 120))])
+    pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+    with pytest.raises(InvalidInputError, match=r"images of 9, 15 tokens cannot share .* one size at a time"):
+        encode_images(family.model, pixels, pruner, image_grid_thw=grids)
+    one = encode_images(family.model, pixels[:36], pruner, image_grid_thw=grids[:1])
+    assert one.stage_tokens
+    assert one.tokens.features.shape[1] < 9
+
+
+def test_stages_that_let_the_data_decide_are_refused(family: Qwen2VL) -> None:
+    inputs = family.make_inputs([PROMPT], [make_picture(0, (90, 90))])
+    with pytest.raises(InvalidInputError, match=r"a given number of tokens .* use another pruner"):
+        family.adapter.encode(inputs, (EveryOther(layer=1, num_tokens=None),))

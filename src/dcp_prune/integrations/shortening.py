@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any, Self
 
@@ -46,7 +47,8 @@ class PruneRecord:
             behind the last where an image keeps fewer than another. `i k`.
         assignment: original token -> slot that absorbed it, -1 if it was dropped. `i n`.
         stats: what the pruner reported, e.g. `kappa` `i`.
-        stage_stats: what each in-encoder stage reported, with a row per tile, of images before videos.
+        stage_stats: what each in-encoder stage reported, with a row per tile, of images before videos; where images
+            differ in size, the stages of the smallest come first.
         watch: the running times; read them as `milliseconds`.
     """
 
@@ -281,21 +283,17 @@ class _Images:
 
 @dataclass(frozen=True, eq=False)
 class _Pruned:
-    """What is left of the images or the videos of a call.
+    """What is left of the images or videos of a call that were encoded together.
 
     Attributes:
         images: whose they are.
-        rows: row of the prompt that each stands in. `i`.
-        places: column of each of its placeholders, -1 behind the last. `i n`.
-        whole: of which every token is kept.
+        which: number of each among all images and videos of the call.
         tokens: what the pruner kept; the stats of in-encoder stages.
         deepstack: of the kept tokens. `i k d`.
     """
 
     images: _Images
-    rows: Int[Tensor, " i"]
-    places: Int[Tensor, "i n"]
-    whole: list[bool]
+    which: list[int]
     tokens: PrunedTokens
     stage_stats: tuple[Mapping[str, Tensor], ...]
     deepstack: tuple[Float[Tensor, "i k d"], ...]
@@ -327,7 +325,22 @@ def encode(
 
 def _stages(adapter: ModelAdapter, layouts: Sequence[ImageLayout], pruner: Pruner) -> tuple[Any, ...]:
     """What a pruner drops inside the encoder, which sees tiles and gives each the whole budget to choose from."""
-    return adapter.check_stages(pruner.encoder_stages(layouts[0].tile_size, adapter.num_layers))
+    sizes = sorted({layout.tile_size for layout in layouts})
+    plans = [adapter.check_stages(pruner.encoder_stages(size, adapter.num_layers)) for size in sizes]
+    if any(plans) and len(sizes) > 1:
+        raise InvalidInputError(
+            f"images of {', '.join(map(str, sizes))} tokens cannot share an encoder pass that drops a share of them on "
+            "the way; encode images of one size at a time, or leave it to prune_inputs"
+        )
+    return plans[0]
+
+
+def _passes(images: _Images, pruner: Pruner) -> list[list[int]]:
+    """Which images share an encoder pass: all of them, or those of one size where tokens are dropped inside."""
+    sizes, depth = [layout.tile_size for layout in images.layouts], images.adapter.num_layers
+    if images.encoded is not None or not any(pruner.encoder_stages(size, depth) for size in set(sizes)):
+        return [list(range(len(sizes)))]
+    return [[image for image, each in enumerate(sizes) if each == size] for size in sorted(set(sizes))]
 
 
 def shorten(
@@ -373,30 +386,55 @@ def shorten(
     tail_columns = torch.arange(tail.shape[1], device=ids.device).expand(tail.shape)
     if kinds:
         found = [locate_images(tail, each.adapter.image_token_id, each.lengths) for each in kinds]
-        whole = [each.kept_whole(pruner.budget) for each in kinds]
-        if all(map(all, whole)) and encoded is None and not turn.cut:
-            layouts = [layout for each in kinds for layout in each.layouts]
-            rows = torch.cat([rows for rows, _ in found])
-            modalities = [each.adapter.modality for each in kinds for _ in each.layouts]
+        rows = torch.cat([rows for rows, _ in found])
+        places = _pad_columns([places for _, places in found], -1)
+        whole = [kept for each in kinds for kept in each.kept_whole(pruner.budget)]
+        layouts = [layout for each in kinds for layout in each.layouts]
+        modalities = [each.adapter.modality for each in kinds for _ in each.layouts]
+        if all(whole) and encoded is None and not turn.cut:
             record = PruneRecord.idle(pruner, modalities, layouts, width, rows, ids.shape[0], watch)
             return replace(unchanged, record=record)
         tokens = [each.adapter.image_token_id for each in kinds]
 
-        def ask(rows: Tensor, places: Tensor, device: torch.device) -> dict[str, Tensor | None]:
+        @cache
+        def ask(device: torch.device) -> dict[str, Tensor | None]:
             return question.embed(model, ids, mask, rows, places + turn.start, tokens, device)
 
-        pruned = [
-            _prune(each, pruner, ask, *where, kept, watch)
-            for each, where, kept in zip(kinds, found, whole, strict=True)
-        ]
-        short = _join(short, pruner, pruned, watch)
-        assert short.record is not None
-        tail_mask = None if mask is None else mask[:, mask.shape[1] - tail.shape[1] :].bool()
-        places = _pad_columns([each.places for each in pruned], -1)
-        gone = [] if keep_markers else [_markers(tail, each) for each in pruned if each.images.adapter.markers]
-        tail_columns = surviving_columns(
-            tail_mask, tail, short.record.rows, places, short.record.indices.to(ids.device), gone
+        pruned: list[_Pruned] = []
+        for each in kinds:
+            first = sum(len(part.which) for part in pruned)
+            for group in _passes(each, pruner):
+                part = each if len(group) == len(each) else each.select(group)
+                pruned.append(_prune(part, [first + image for image in group], whole, pruner, ask, watch))
+        joined, deepstack = _join(pruned)
+        record = PruneRecord(
+            pruner=pruner,
+            modalities=tuple(modalities),
+            layouts=tuple(layouts),
+            prompt_before=width,
+            columns=joined.indices,
+            rows=rows,
+            indices=joined.indices,
+            assignment=joined.assignment,
+            stats=joined.stats,
+            stage_stats=tuple(stats for part in pruned for stats in part.stage_stats),
+            watch=watch,
         )
+        short = replace(
+            short,
+            record=record,
+            features=joined.features,
+            lengths=tuple(joined.mask.sum(dim=1).tolist()),
+            deepstack=deepstack,
+            adapters=tuple((each.adapter, len(each)) for each in kinds),
+        )
+        tail_mask = None if mask is None else mask[:, mask.shape[1] - tail.shape[1] :].bool()
+        gone = [
+            _markers(tail, part, rows[part.which], places[part.which], [whole[image] for image in part.which])
+            for part in pruned
+            if part.images.adapter.markers and not keep_markers
+        ]
+        tail_columns = surviving_columns(tail_mask, tail, rows, places, joined.indices.to(ids.device), gone)
     columns = torch.cat((turn.head, torch.where(tail_columns < 0, -1, tail_columns + turn.head_width)), dim=1)
     own = tail_columns if turn.start < turn.head_width else columns
     tensors = _shorten_tensors(inputs, adapter, columns, own, _pad_id(model))
@@ -411,63 +449,46 @@ def shorten(
 
 def _prune(
     images: _Images,
+    which: list[int],
+    whole: Sequence[bool],
     pruner: Pruner,
-    ask: Callable[[Tensor, Tensor, torch.device], dict[str, Tensor | None]],
-    rows: Int[Tensor, " i"],
-    places: Int[Tensor, "i n"],
-    whole: list[bool],
+    ask: Callable[[torch.device], dict[str, Tensor | None]],
     watch: Stopwatch,
 ) -> _Pruned:
-    """Encodes images or videos and chooses among their tokens."""
+    """Encodes images or videos together and chooses among their tokens.
+
+    Args:
+        which: number of each among all of the call, whose budgets keep those that are `whole`.
+        ask: the questions about all images and videos of the call.
+    """
     coded = images.encode(pruner, watch.lap)
     watch.lap("encode")
     tokens = coded.tokens
     if Signal.TEXT in pruner.requires | pruner.optional and tokens.text is None:
-        tokens = replace(tokens, **ask(rows, places, tokens.features.device))
+        asked = ask(tokens.features.device)
+        tokens = replace(tokens, **{name: None if each is None else each[which] for name, each in asked.items()})
     pruned = pruner(tokens)
-    separator = images.adapter.separator
-    if any(whole) and separator is not None:
-        pruned = _with_separators(pruned, images.layouts, whole, separator)
+    own, separator = [whole[image] for image in which], images.adapter.separator
+    if any(own) and separator is not None:
+        pruned = _with_separators(pruned, images.layouts, own, separator)
     deepstack = tuple(gather_tokens(each, pruned.indices.clamp(min=0)) for each in coded.deepstack)
     watch.lap("select")
-    return _Pruned(images, rows, places, whole, pruned, coded.stage_stats, deepstack)
+    return _Pruned(images, which, pruned, coded.stage_stats, deepstack)
 
 
-def _join(short: ShortInputs, pruner: Pruner, pruned: Sequence[_Pruned], watch: Stopwatch) -> ShortInputs:
-    """Images and videos together."""
-    parts = [each.tokens for each in pruned]
-    counts = [part.indices.shape[0] for part in parts]
-    assignment = _pad_columns([part.assignment for part in parts], -1)
-    splits = assignment.split(counts)
-    parts = [replace(part, assignment=own) for part, own in zip(parts, splits, strict=True)]
-    ends = list(accumulate(counts))
-    joined = regroup(parts, [range(end - count, end) for end, count in zip(ends, counts, strict=True)])
-    record = PruneRecord(
-        pruner=pruner,
-        modalities=tuple(each.images.adapter.modality for each in pruned for _ in each.images.layouts),
-        layouts=tuple(layout for each in pruned for layout in each.images.layouts),
-        prompt_before=short.width,
-        columns=joined.indices,
-        rows=torch.cat([each.rows for each in pruned]),
-        indices=joined.indices,
-        assignment=joined.assignment,
-        stats=joined.stats,
-        stage_stats=tuple(stats for each in pruned for stats in each.stage_stats),
-        watch=watch,
+def _join(pruned: Sequence[_Pruned]) -> tuple[PrunedTokens, tuple[Float[Tensor, "i k d"], ...]]:
+    """All images and videos of a call in their order, and their DeepStack features."""
+    counts = [len(part.which) for part in pruned]
+    splits = _pad_columns([part.tokens.assignment for part in pruned], -1).split(counts)
+    parts = [replace(part.tokens, assignment=own) for part, own in zip(pruned, splits, strict=True)]
+    joined = regroup(parts, [part.which for part in pruned])
+    width = joined.features.shape[1]
+    order = torch.tensor([image for part in pruned for image in part.which]).argsort().to(joined.indices.device)
+    deepstack = tuple(
+        torch.cat([functional.pad(each, (0, 0, 0, width - each.shape[1])) for each in layer])[order]
+        for layer in zip(*(part.deepstack for part in pruned), strict=True)
     )
-    return replace(
-        short,
-        record=record,
-        features=joined.features,
-        lengths=tuple(joined.mask.sum(dim=1).tolist()),
-        deepstack=_join_deepstack(pruned, joined.features.shape[1]),
-        adapters=tuple((each.images.adapter, len(each.images)) for each in pruned),
-    )
-
-
-def _join_deepstack(pruned: Sequence[_Pruned], width: int) -> tuple[Float[Tensor, "i k d"], ...]:
-    layers = zip(*(each.deepstack for each in pruned), strict=True)
-    return tuple(torch.cat([functional.pad(each, (0, 0, 0, width - each.shape[1])) for each in one]) for one in layers)
+    return joined, deepstack
 
 
 def _pad_columns(values: Sequence[Int[Tensor, "i n"]], fill: int) -> Int[Tensor, "i n"]:
@@ -475,36 +496,45 @@ def _pad_columns(values: Sequence[Int[Tensor, "i n"]], fill: int) -> Int[Tensor,
     return torch.cat([functional.pad(value, (0, width - value.shape[1]), value=fill) for value in values])
 
 
-def _markers(ids: Int[Tensor, "b l"], pruned: _Pruned) -> Bool[Tensor, "b l"]:
+def _markers(
+    ids: Int[Tensor, "b l"],
+    pruned: _Pruned,
+    rows: Int[Tensor, " i"],
+    places: Int[Tensor, "i n"],
+    whole: Sequence[bool],
+) -> Bool[Tensor, "b l"]:
     """What stands between the placeholders of each image that loses some: marks of rows and tiles that are gone."""
-    adapter, places = pruned.images.adapter, pruned.places
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    first, last = places[:, :1], places.amax(dim=1, keepdim=True)
+    adapter = pruned.images.adapter
     if adapter.tile_marks is None:
-        shrunk = ~torch.tensor(pruned.whole, device=ids.device)
-        gone = (columns > first) & (columns < last) & shrunk.unsqueeze(1)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        first, last = places[:, :1], places.amax(dim=1, keepdim=True)
+        gone = (columns > first) & (columns < last) & ~torch.tensor(whole, device=ids.device).unsqueeze(1)
     else:
-        gone = _marks_of_empty_tiles(ids[pruned.rows], pruned, adapter.tile_marks)
-    inside = torch.zeros(ids.shape, dtype=torch.long, device=ids.device).index_add(0, pruned.rows, gone.long()) > 0
+        gone = _marks_of_empty_tiles(ids[rows], pruned, places, adapter.tile_marks)
+    inside = torch.zeros(ids.shape, dtype=torch.long, device=ids.device).index_add(0, rows, gone.long()) > 0
     return inside & (ids != adapter.image_token_id)
 
 
-def _marks_of_empty_tiles(ids: Int[Tensor, "i l"], pruned: _Pruned, marks: tuple[int, int]) -> Bool[Tensor, "i l"]:
+def _marks_of_empty_tiles(
+    ids: Int[Tensor, "i l"], pruned: _Pruned, places: Int[Tensor, "i n"], marks: tuple[int, int]
+) -> Bool[Tensor, "i l"]:
     """Marks of tiles of which nothing is kept; in front of an image and behind it, only those that touch it."""
-    layouts, places, (i, length) = pruned.images.layouts, pruned.places, ids.shape
-    most, spare = max(layout.num_tiles for layout in layouts), length  # a column for what has no placeholder
+    layouts, (i, length) = pruned.images.layouts, ids.shape
+    most = max(layout.num_tiles for layout in layouts)
     tiles = pad_sequence([layout.source // layout.tile_size for layout in layouts], True).to(ids.device)
     kept = pruned.tokens.indices.to(ids.device)
-    full = torch.zeros(i, most + 1, dtype=torch.bool, device=ids.device)
-    full.scatter_(1, tiles.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, most), True)
-    at = ids.new_full((i, length + 1), -1).scatter(1, places.masked_fill(places < 0, spare), tiles)[:, :length]
-    before = at.cummax(dim=1).values
-    behind = at.masked_fill(at < 0, most).flip(1).cummin(dim=1).values.flip(1)
+    alive = torch.zeros(i, most + 1, dtype=torch.bool, device=ids.device)
+    alive.scatter_(1, tiles.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, most), True)
+    # Tile of each placeholder; the column behind the last takes those of longer images.
+    places = places[:, : tiles.shape[1]].masked_fill(places[:, : tiles.shape[1]] < 0, length)
+    own = ids.new_full((i, length + 1), -1).scatter(1, places, tiles)[:, :length]
+    before = own.cummax(dim=1).values
+    behind = own.masked_fill(own < 0, most).flip(1).cummin(dim=1).values.flip(1)
     opening, closing = (ids == mark for mark in marks)
-    between = (before >= 0) & (behind < most)
     about = torch.where(closing, before, behind)
-    touching = (closing & (at.roll(1, 1) >= 0)) | (opening & (at.roll(-1, 1) >= 0))
-    return (between | touching) & (about >= 0) & (about < most) & ~full.gather(1, about.clamp(0, most))
+    touching = (closing & (own.roll(1, 1) >= 0)) | (opening & (own.roll(-1, 1) >= 0))
+    between = (before >= 0) & (behind < most)
+    return (between | touching) & ~alive.gather(1, about.clamp(min=0))
 
 
 def _find_turn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,8 +27,7 @@ class Qwen2VLAdapter(ModelAdapter):
     """Images of any sizes; attention that a token receives takes the place of what [CLS] pays to it."""
 
     architecture = "Qwen2VLForConditionalGeneration"
-    prunes_in_encoder = False
-    why_not_in_encoder = ", whose projector merges 2 x 2 patches into a token"
+    prunes_in_encoder = True
     saliency = "all tokens"
     signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
     absent: ClassVar[Mapping[Signal, str]] = {
@@ -87,18 +87,32 @@ class Qwen2VLAdapter(ModelAdapter):
         lap: Callable[[str], None] = lambda name: None,
         layouts: Sequence[ImageLayout] | None = None,
     ) -> EncodedImages:
-        self.check_stages(stages)
+        stages = self.check_stages(stages)
         if layouts is None:
             layouts = self.layouts(images)
         pixels, grids = (images[name] for name in self.image_inputs[:2])
-        walk = self.tower.walk(pixels, torch.as_tensor(grids), signals, lap)
+        positions = None
+        if stages:
+            frames = [plain_layout(*layout.grid).positions for layout in layouts for _ in range(layout.num_tiles)]
+            positions = torch.stack(frames)
+        walk = self.tower.walk(pixels, torch.as_tensor(grids), stages, signals, lap, positions)
         lengths = [len(layout) for layout in layouts]
+        deepstack = tuple(pad_sequence(list(each.split(lengths)), True) for each in walk.deepstack)
+        if walk.reduced is not None:
+            features = walk.features.unflatten(0, walk.reduced.encoder.indices.shape)
+            return replace(walk.reduced.encoded(features, layouts, bool(signals)), deepstack=deepstack)
         found = {name: value.split(lengths) for name, value in walk.signals.items()}
         return EncodedImages(
-            pad_images(walk.features.split(lengths), layouts, found),
-            tuple(layouts),
-            deepstack=tuple(pad_sequence(list(each.split(lengths)), True) for each in walk.deepstack),
+            pad_images(walk.features.split(lengths), layouts, found), tuple(layouts), deepstack=deepstack
         )
+
+    def check_stages(self, stages: Sequence[Reduction]) -> tuple[Reduction, ...]:
+        if any(stage.num_tokens is None for stage in stages):
+            raise InvalidInputError(
+                f"{self.architecture} can drop only a given number of tokens inside its encoder, and this pruner lets "
+                "the data decide how many; use another pruner"
+            )
+        return super().check_stages(stages)
 
     def rope_positions(
         self,
