@@ -763,9 +763,10 @@ def _check_inputs(config: Any, inputs: Mapping[str, Any], kinds: Sequence[_Image
             "images can be pruned only together with input_ids, which say where they stand; pass input_ids, not "
             "inputs_embeds"
         )
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        form = f"has {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
         raise InvalidInputError(
-            f"attention_mask has {mask.ndim} dimensions, but a prompt can be shortened only with the 2-D mask (rows x "
+            f"attention_mask {form}, but a prompt can be shortened only with the 2-D mask (rows x "
             "columns) that the processor makes"
         )
 

@@ -294,7 +294,8 @@ class PruneHandle:
     def _is_long_step(self, call: Mapping[str, Any]) -> bool:
         """Whether a plain call continues a pruned prompt with a mask that still counts the dropped tokens."""
         cache, mask, ids = (call.get(name) for name in ("past_key_values", "attention_mask", "input_ids"))
-        if cache is None or mask is None or mask.ndim != 2 or ids is None or cache not in self._prompts:
+        # `generate` makes masks of its own for some caches: 4-D, or a dictionary of them for kinds of layers.
+        if cache is None or ids is None or not isinstance(mask, Tensor) or mask.ndim != 2 or cache not in self._prompts:
             return False
         return mask.shape[1] > int(cache.get_seq_length()) + ids.shape[1]
 

@@ -1,0 +1,116 @@
+"""Ways to run that meet what is special about a family: its caches, masks, positions and parameters of its own."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from families import FAMILIES, SIZES, Family, make_picture
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from dcp_prune.integrations.transformers import prune
+from dcp_prune.models import get_adapter
+from dcp_prune.registry import make_pruner
+from quantised import QuantisedLinear, replace_linears
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture
+def inputs(family: Family) -> dict[str, Any]:
+    """Two images of different sizes."""
+    pictures = [make_picture(number, SIZES[number]) for number in range(2)]
+    return family.make_inputs(["what <image> is this", "where <image> is the cat"], pictures)
+
+
+def answers(model: Any, inputs: dict[str, Any], budget: int = 5, **options: Any) -> tuple[Tensor, Tensor]:
+    """Ids of prompt and answer, and the tokens that were kept."""
+    with prune(model, make_pruner("dcp", num_tokens=budget)) as handle:
+        ids = generate(model, inputs, **options)
+        assert handle.last is not None
+        return ids, handle.last.indices
+
+
+def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Tensor:
+    # A placeholder in the answer, which a trained model does not give, would ask for an image.
+    silent = {"suppress_tokens": [model.config.image_token_id], "do_sample": False}
+    return model.generate(**inputs, **silent, max_new_tokens=5, **options)
+
+
+def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("way", ["static cache", "no cache", "prompt lookup", "assistant"])
+def test_a_way_to_generate_changes_no_answer(family: Family, way: str) -> None:
+    inputs = family.make_inputs(["where <image> is the cat and where is the"], [make_picture(0, SIZES[0])])
+    options = {
+        "static cache": {"cache_implementation": "static"},
+        "no cache": {"use_cache": False},
+        "prompt lookup": {"prompt_lookup_num_tokens": 2},
+        "assistant": {"assistant_model": copy.deepcopy(family.model)},
+    }
+    model = copy.deepcopy(family.model)
+    assert_same(answers(model, inputs, **options[way]), answers(model, inputs))
+
+
+def test_three_threads_do_not_disturb_each_other(family: Family) -> None:
+    batches = [
+        family.make_inputs([f"where <image> is the {word}"], [make_picture(number, SIZES[number])])
+        for number, word in enumerate(("cat", "dog", "colour"))
+    ]
+    model = copy.deepcopy(family.model)
+    with prune(model, make_pruner("dcp", num_tokens=5)):
+        expected = [generate(model, inputs) for inputs in batches]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda number: generate(model, batches[number % 3]), range(9)))
+    assert all(torch.equal(ids, expected[number % 3]) for number, ids in enumerate(found))
+
+
+def test_gradient_checkpointing_changes_no_loss(family: Family, inputs: dict[str, Any]) -> None:
+    model = copy.deepcopy(family.model).train()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+    with prune(model, make_pruner("dcp", num_tokens=5)):
+        loss = model(**inputs, labels=labels).loss
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointed = model(**inputs, labels=labels).loss
+        checkpointed.backward()
+    torch.testing.assert_close(checkpointed, loss)
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_adapters_of_peft_answer_like_the_merged_model(family: Family, inputs: dict[str, Any]) -> None:
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted: Any = get_peft_model(copy.deepcopy(family.model), config)
+    found = answers(adapted, inputs)
+    assert_same(answers(adapted.merge_and_unload(), inputs), found)
+
+
+def test_offloaded_weights_give_the_same_answers(family: Family, inputs: dict[str, Any]) -> None:
+    lengths = sorted(len(layout) for layout in get_adapter(family.model).layouts(inputs))
+    offloaded = cpu_offload(copy.deepcopy(family.model), execution_device=torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    if family.name == "idefics3":
+        with pytest.raises(RuntimeError, match="meta tensor"):
+            generate(offloaded, inputs)  # nor without a pruner: it moves embeddings to where its first weight is
+        return
+    # The larger budget keeps the smaller picture whole, with the separators that are a parameter of the model.
+    for budget in {5, lengths[0] if lengths[0] < lengths[-1] else 5}:
+        assert_same(answers(offloaded, inputs, budget), answers(copy.deepcopy(family.model), inputs, budget))
+
+
+def test_quantised_linears_give_the_answers_of_the_same_weights_in_full(family: Family, inputs: dict[str, Any]) -> None:
+    model = copy.deepcopy(family.model)
+    assert replace_linears(model, nn.Linear, QuantisedLinear)
+    found = answers(model, inputs)
+    replace_linears(model, QuantisedLinear, lambda quantised: quantised.plain())
+    assert_same(found, answers(model, inputs))
