@@ -72,10 +72,16 @@ class Server:
     """
 
     def __init__(
-        self, checkpoint: Path, settings: Mapping[str, Any], options: Mapping[str, Any] = {}, folder: Path | None = None
+        self,
+        checkpoint: Path,
+        settings: Mapping[str, Any],
+        options: Mapping[str, Any] = {},
+        folder: Path | None = None,
+        environment: Mapping[str, str] = {},
     ) -> None:
         self.folder = folder or Path(tempfile.mkdtemp())
-        self.settings, self.options = dict(settings), {**OPTIONS, **overrides(settings), **options}
+        self.options = {**OPTIONS, **overrides(settings), **options}
+        self.environment = {**os.environ, **ENVIRONMENT, **environment}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -88,7 +94,7 @@ class Server:
     def __enter__(self) -> Self:
         metrics = self.folder / "metrics"
         metrics.mkdir(exist_ok=True)
-        environment = {**os.environ, **ENVIRONMENT, "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+        environment = {**self.environment, "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
