@@ -77,6 +77,9 @@ def test_the_matrix_of_models_is_drawn_from_the_flags_of_their_adapters(dcp_prun
         assert row["saliency"] in lines[name]
         assert all(pruner in lines[name] for pruner in row["refused_pruners"])
     assert rows["LlavaNextForConditionalGeneration"]["tiles"]
+    assert rows["VideoLlavaForConditionalGeneration"]["in_encoder"] == "yes"
+    assert rows["LlavaOnevisionForConditionalGeneration"]["in_encoder"] == "images"
+    assert not rows["PaliGemmaForConditionalGeneration"]["videos"]
     assert rows["PaliGemmaForConditionalGeneration"]["refused_pruners"]["flowcut"] == "its encoder has no [CLS] token"
 
 

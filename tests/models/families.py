@@ -271,13 +271,14 @@ class LlavaOnevision(Family):
     name = "llava_onevision"
     separated = True
     aspect = "anyres_max_9"
+    tile = TILE
 
     def build(self) -> Any:
         config = LlavaOnevisionConfig(
-            vision_config=siglip_config(),
+            vision_config=siglip_config(self.tile),
             text_config=text_config(),
             image_token_index=IMAGE_ID,
-            video_token_index=63,
+            video_token_index=VIDEO_ID,
             image_grid_pinpoints=[[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]],
             vision_aspect_ratio=self.aspect,
         )
@@ -351,7 +352,7 @@ class VideoLlava(Family):
             vision_config=clip_config(84),
             text_config=text_config(),
             image_token_index=IMAGE_ID,
-            video_token_index=63,
+            video_token_index=VIDEO_ID,
             image_seq_length=36,
         )
         return VideoLlavaForConditionalGeneration(config)
@@ -789,6 +790,61 @@ def cut_patches(frames: torch.Tensor) -> torch.Tensor:
     return cut.reshape(-1, c * 2 * PATCH * PATCH)
 
 
+def make_video(picture: Image.Image, side: int) -> torch.Tensor:
+    """Frames `f c y x` across which the picture moves to the right: three of a square picture, two of others."""
+    pixels = torch.from_numpy(np.array(picture.resize((side, side), Image.Resampling.NEAREST))).permute(2, 0, 1)
+    frames = [pixels.roll(17 * frame, dims=2) for frame in range(3 if picture.width == picture.height else 2)]
+    return torch.stack(frames) / 127.5 - 1.0
+
+
+def video_inputs(prompts: Sequence[str], videos: Sequence[torch.Tensor], lengths: Sequence[int]) -> dict[str, Any]:
+    """Prompts with videos in the place of `<image>`; one tensor where all have the same number of frames."""
+    ids = expand_placeholders(prompts, [[VIDEO_ID] * length for length in lengths])
+    if not videos:
+        return dict(ids)
+    stacked = torch.stack(list(videos)) if len(set(map(len, videos))) == 1 else list(videos)
+    return ids | {"pixel_values_videos": stacked}
+
+
+class VideoLlavaVideos(VideoLlava):
+    """Through the other tower; each frame brings its [CLS]."""
+
+    name = "video_llava_videos"
+    modality = "video"
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        videos = [make_video(picture, 84) for picture in pictures]
+        return video_inputs(prompts, videos, [37 * len(video) for video in videos])
+
+    def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        features = self.model.model.get_video_features
+        with torch.no_grad():
+            return [
+                features(pixel_values_videos=video[None]).pooler_output.flatten(0, 1)
+                for video in inputs["pixel_values_videos"]
+            ]
+
+
+class OnevisionVideos(LlavaOnevision):
+    """Five rows of patches are pooled to three rows of cells."""
+
+    name = "llava_onevision_videos"
+    modality = "video"
+    staged = False
+    tile = 70
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        videos = [make_video(picture, 70) for picture in pictures]
+        return video_inputs(prompts, videos, [9 * len(video) + 1 for video in videos])
+
+    def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        features = self.model.model.get_video_features
+        with torch.no_grad():
+            return [
+                features(pixel_values_videos=video[None]).pooler_output[0] for video in inputs["pixel_values_videos"]
+            ]
+
+
 def sharpen(tower: Any) -> None:
     """Random SigLIP weights give pictures that hardly differ; these do."""
     for parameter in tower.parameters():
@@ -811,5 +867,7 @@ FAMILIES: tuple[Family, ...] = (
     Idefics3(),
     SmolVLM(),
     InternVL(),
+    VideoLlavaVideos(),
+    OnevisionVideos(),
 )
 QWEN_VIDEOS = (Qwen2VLVideos(), Qwen25VLVideos(), Qwen3VLVideos())

@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from dcp_prune.integrations.transformers import prune
-from dcp_prune.models import get_adapter
 from dcp_prune.registry import make_pruner
 from quantised import QuantisedLinear, replace_linears
 
@@ -96,7 +95,7 @@ def test_adapters_of_peft_answer_like_the_merged_model(family: Family, inputs: d
 
 
 def test_offloaded_weights_give_the_same_answers(family: Family, inputs: dict[str, Any]) -> None:
-    lengths = sorted(len(layout) for layout in get_adapter(family.model).layouts(inputs))
+    lengths = sorted(len(layout) for layout in family.adapter.layouts(inputs))
     offloaded = cpu_offload(copy.deepcopy(family.model), execution_device=torch.device("cpu"))
     assert any(parameter.is_meta for parameter in offloaded.parameters())
     if family.name == "idefics3":

@@ -286,6 +286,7 @@ OTHER_VALUES = {
     "graph_temperature": 1.0,
     "graph_sigma": None,
     "rescale": False,
+    "time_weight": 40.0,
     "first_choice": "saliency",
     "trigger": "mmd",
     "threshold": math.inf,
@@ -314,7 +315,12 @@ def outcome(pruner: DCPPruner) -> list[torch.Tensor]:
     tokens = scene(9, asked=(1, 5), clarity=0.5)
     assert tokens.encoder is not None
     other_space = tokens.encoder.features.flip(2).square()
-    tokens = replace(tokens, encoder=replace(tokens.encoder, features=other_space))
+    frame = tokens.indices.unsqueeze(2) % 2
+    tokens = replace(
+        tokens,
+        encoder=replace(tokens.encoder, features=other_space),
+        positions=torch.cat((tokens.positions, frame), dim=2),
+    )
     results = [torch.tensor([])]
     for stage in pruner.encoder_stages(N, 12)[:1]:
         done = stage.reduce(stage_input())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from dcp_prune.cli.common import Json, app, check_outputs, report_result
+
+if TYPE_CHECKING:
+    from dcp_prune.models import ModelAdapter
 
 
 @app.command(name="list")
@@ -65,34 +68,43 @@ def list_(*, models: Annotated[bool, Parameter(negative=())] = False, json: Json
     report_result({"pruners": pruners, "models": known}, json, show)
 
 
-def _supported_models() -> list[dict[str, Any]]:
-    """One row per model class."""
-    from dcp_prune.models import ModelAdapter, adapter_class, supported_architectures
+def _refused_pruners(adapter: type[ModelAdapter]) -> dict[str, str]:
+    """Those that an adapter cannot serve, with the reason."""
     from dcp_prune.registry import get_pruner, list_pruners, make_pruner
     from dcp_prune.tokens import Signal
 
-    in_encoder = {name for name in list_pruners() if make_pruner(name, num_tokens=16).encoder_stages(576, 24)}
+    refused = {
+        pruner: "; ".join(adapter.absent.get(signal, signal.value) for signal in sorted(missing))
+        for pruner in list_pruners()
+        if (missing := get_pruner(pruner).requires - adapter.signals - {Signal.TEXT})
+    }
+    if not adapter.prunes_in_encoder:
+        why = f"no tokens can be dropped inside its encoder{adapter.why_not_in_encoder}"
+        in_encoder = [name for name in list_pruners() if make_pruner(name, num_tokens=16).encoder_stages(576, 24)]
+        refused |= {name: why for name in in_encoder if name not in refused}
+    return refused
+
+
+def _supported_models() -> list[dict[str, Any]]:
+    """One row per model class."""
+    from dcp_prune.models import adapter_class, supported_architectures
+    from dcp_prune.tokens import Signal
+
     rows = []
     for name in supported_architectures():
         adapter = adapter_class(name)
-        given = adapter.signals | {Signal.TEXT}
-        refused = {
-            pruner: "; ".join(adapter.absent.get(signal, signal.value) for signal in sorted(missing))
-            for pruner in list_pruners()
-            if (missing := get_pruner(pruner).requires - given)
-        }
-        if not adapter.prunes_in_encoder:
-            refused |= dict.fromkeys(
-                sorted(in_encoder - set(refused)),
-                f"no tokens can be dropped inside its encoder{adapter.why_not_in_encoder}",
-            )
+        video = adapter.video_class()
+        refused = _refused_pruners(adapter)
+        if video is not None:
+            refused |= {f"{pruner} (videos)": why for pruner, why in _refused_pruners(video).items() - refused.items()}
+        inside = [kind.prunes_in_encoder for kind in (adapter, video) if kind]
         rows.append(
             {
                 "name": name,
                 "images": True,
-                "videos": adapter.video is not ModelAdapter.video,
+                "videos": video is not None,
                 "tiles": adapter.cuts_tiles,
-                "in_encoder": adapter.prunes_in_encoder,
+                "in_encoder": "yes" if all(inside) else "images" if any(inside) else "no",
                 "saliency": adapter.saliency,
                 "signals": [signal.value for signal in Signal if signal in adapter.signals],
                 "refused_pruners": dict(sorted(refused.items())),
@@ -105,10 +117,13 @@ def _show_matrix(console: Console, rows: list[dict[str, Any]]) -> None:
     columns = ("Model class", "videos", "tiles", "in the encoder", "saliency from", "refused pruners")
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        marks = ["yes" if row[flag] else "-" for flag in ("videos", "tiles", "in_encoder")]
+        marks = [
+            {True: "yes", False: "-", "no": "-"}.get(row[flag], row[flag]) for flag in ("videos", "tiles", "in_encoder")
+        ]
         table.add_row(
             row["name"], *marks, row["saliency"].replace("[", "\\["), ", ".join(row["refused_pruners"]) or "-"
         )
+    console.width = max(console.width, 160)  # a name that is cut would be none
     console.print(table)
     console.print()
     reasons = {f"{pruner}: {why}" for row in rows for pruner, why in row["refused_pruners"].items()}

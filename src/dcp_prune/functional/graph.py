@@ -45,7 +45,7 @@ def complement(kept: Int[Tensor, "b m"], n: int) -> Int[Tensor, "b c"]:
 @torch.no_grad()
 def context_to_anchor_graph(
     features: Float[Tensor, "b n v"],
-    positions: Float[Tensor, "b n 2"],
+    positions: Float[Tensor, "b n p"],
     anchors: Int[Tensor, "b m"],
     *,
     neighbours: int = 4,
@@ -60,7 +60,7 @@ def context_to_anchor_graph(
 
     Args:
         features: hidden states of all tokens. `b n v`.
-        positions: (row, col) in patch units. `b n 2`.
+        positions: (row, col), or (row, col, time), in patch units. `b n p`.
         anchors: positions of the anchors among the n, ascending. `b m`.
         neighbours: anchors per context, r; at most m are used.
         temperature: of the cosines; smaller concentrates the mass on the most similar anchor.

@@ -68,7 +68,13 @@ def gather_tokens(features: Float[Tensor, "b n d"], kept: Tensor) -> Float[Tenso
     return features.gather(1, kept.unsqueeze(-1).expand(*kept.shape, features.shape[-1]))
 
 
-def squared_distance(points: Float[Tensor, "b n 2"]) -> Float[Tensor, "b n n"]:
+def in_patches(positions: Float[Tensor, "b n p"], time_weight: float) -> Float[Tensor, "b n p"]:
+    """Positions whose time, the third coordinate that tokens of videos have, counts as so many patches each (ours)."""
+    scale = [1.0, 1.0, time_weight][: positions.shape[-1]]
+    return positions.float() * torch.tensor(scale, device=positions.device)
+
+
+def squared_distance(points: Float[Tensor, "b n p"]) -> Float[Tensor, "b n n"]:
     """Squared Euclidean distance between every two points, exact for whole coordinates."""
     points = points.float()
     lengths = points.square().sum(dim=-1)

@@ -14,7 +14,7 @@ from dcp_prune.errors import InvalidInputError
 
 
 def locate_images(
-    ids: Int[Tensor, "b l"], image_token_id: int, lengths: Sequence[int]
+    ids: Int[Tensor, "b l"], image_token_id: int, lengths: Sequence[int], modality: str = "image"
 ) -> tuple[Int[Tensor, " i"], Int[Tensor, "i n"]]:
     """Which row each image belongs to, and the columns of its placeholders; -1 behind those of shorter images.
 
@@ -27,10 +27,11 @@ def locate_images(
     counts = placeholders.sum(dim=1).tolist()
     if sum(counts) == 0:
         raise InvalidInputError(
-            f"{len(lengths)} image(s) came with a prompt that holds no image placeholder (token {image_token_id}); "
-            "write the placeholder into the prompt, e.g. '<image>', and let the model's processor expand it"
+            f"{len(lengths)} {modality}(s) came with a prompt that holds no {modality} placeholder (token "
+            f"{image_token_id}); write the placeholder into the prompt, e.g. '<{modality}>', and let the model's "
+            "processor expand it"
         )
-    per_row = images_per_row(counts, lengths)
+    per_row = images_per_row(counts, lengths, modality)
     owner = torch.tensor([row for row, count in enumerate(per_row) for _ in range(count)], device=ids.device)
     _, columns = placeholders.nonzero(as_tuple=True)
     longest = max(lengths)
@@ -39,7 +40,7 @@ def locate_images(
     return owner, pad_sequence(list(columns.split(list(lengths))), batch_first=True, padding_value=-1)
 
 
-def images_per_row(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+def images_per_row(counts: Sequence[int], lengths: Sequence[int], modality: str = "image") -> list[int]:
     """How many images stand in each row of a prompt, where row r holds `counts[r]` placeholders.
 
     Raises:
@@ -49,22 +50,23 @@ def images_per_row(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
         n = lengths[0]
         if any(count % n for count in counts):
             raise InvalidInputError(
-                f"the prompt's rows hold {list(counts)} image placeholders, no multiple of the {n} visual tokens of an "
-                "image; make the ids with the model's processor, which expands each placeholder, and do not truncate "
-                "them"
+                f"the prompt's rows hold {list(counts)} {modality} placeholders, no multiple of the {n} visual tokens "
+                f"of each {modality}; make the ids with the model's processor, which expands each placeholder, and do "
+                "not truncate them"
             )
         if sum(counts) != len(lengths) * n:
             raise InvalidInputError(
-                f"the prompt has room for {sum(counts) // n} image(s), but {len(lengths)} were given; "
-                "write exactly one placeholder per image"
+                f"the prompt has room for {sum(counts) // n} {modality}(s), but {len(lengths)} were given; "
+                f"write exactly one placeholder per {modality}"
             )
         return [count // n for count in counts]
     ends = [0, *accumulate(lengths)]
     borders = [0, *accumulate(counts)]
     if borders[-1] != ends[-1] or not set(borders) <= set(ends):
         raise InvalidInputError(
-            f"the prompt's rows hold {list(counts)} image placeholders, but the images have {list(lengths)} visual "
-            "tokens; make the ids and the images in one call of the model's processor, and do not truncate them"
+            f"the prompt's rows hold {list(counts)} {modality} placeholders, but the {modality}s have {list(lengths)} "
+            f"visual tokens; make the ids and the {modality}s in one call of the model's processor, and do not "
+            "truncate them"
         )
     places = [ends.index(border) for border in borders]
     return [after - before for before, after in pairwise(places)]

@@ -385,7 +385,9 @@ def shorten(
     short = replace(unchanged, width=width)
     tail_columns = torch.arange(tail.shape[1], device=ids.device).expand(tail.shape)
     if kinds:
-        found = [locate_images(tail, each.adapter.image_token_id, each.lengths) for each in kinds]
+        found = [
+            locate_images(tail, each.adapter.image_token_id, each.lengths, each.adapter.modality) for each in kinds
+        ]
         rows = torch.cat([rows for rows, _ in found])
         places = _pad_columns([places for _, places in found], -1)
         whole = [kept for each in kinds for kept in each.kept_whole(pruner.budget)]
@@ -468,9 +470,11 @@ def _prune(
         asked = ask(tokens.features.device)
         tokens = replace(tokens, **{name: None if each is None else each[which] for name, each in asked.items()})
     pruned = pruner(tokens)
-    own, separator = [whole[image] for image in which], images.adapter.separator
-    if any(own) and separator is not None:
-        pruned = _with_separators(pruned, images.layouts, own, separator)
+    own, separators, separator = [whole[image] for image in which], coded.separators, images.adapter.separator
+    if separators is None and separator is not None:
+        separators = separator.expand(len(images), max(images.lengths), -1)
+    if any(own) and separators is not None:
+        pruned = _with_separators(pruned, images.layouts, own, separators)
     deepstack = tuple(gather_tokens(each, pruned.indices.clamp(min=0)) for each in coded.deepstack)
     watch.lap("select")
     return _Pruned(images, which, pruned, coded.stage_stats, deepstack)
@@ -581,17 +585,19 @@ def _new_images(ids: Tensor, tail: Tensor, images: _Images) -> list[int]:
 
 
 def _with_separators(
-    pruned: PrunedTokens, layouts: Sequence[ImageLayout], whole: Sequence[bool], separator: Float[Tensor, " d"]
+    pruned: PrunedTokens, layouts: Sequence[ImageLayout], whole: Sequence[bool], separators: Float[Tensor, "i s d"]
 ) -> PrunedTokens:
     """The same tokens, with images that the budget keeps whole laid out as the model itself does."""
     features, indices = list(pruned.features), list(pruned.indices)
     assignment = pruned.assignment.clone()
     for image, layout in enumerate(layouts):
         if whole[image]:
-            n = len(layout)
-            patches = (layout.source >= 0).nonzero().squeeze(1).to(pruned.features.device)
-            laid = separator.to(pruned.features).expand(n, -1)
-            features[image] = laid.index_copy(0, patches, features[image][: len(patches)])
+            n, old = len(layout), features[image]
+            patches, gaps = (
+                where.nonzero().squeeze(1).to(old.device) for where in (layout.source >= 0, layout.source < 0)
+            )
+            laid = old.new_zeros(n, old.shape[1]).index_copy(0, patches, old[: len(patches)])
+            features[image] = laid.index_copy(0, gaps, separators[image, : len(gaps)].to(old))
             indices[image] = torch.arange(n, device=patches.device)
             assignment[image, :n] = indices[image]
     padded = pad_sequence(indices, batch_first=True, padding_value=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -73,6 +74,8 @@ class EncodedImages:
         stage_tokens: tokens per tile that the layers behind each stage computed, padding included, in the same order.
         deepstack: features that the language model adds to visual tokens behind its first layers, one tensor a layer,
             for each original token; empty for most models. `b N d`.
+        separators: features of the separators of each image in the order of the prompt, zero behind its last; None
+            where there are none, or all are `ModelAdapter.separator`. `b s d`.
     """
 
     tokens: VisualTokens
@@ -81,6 +84,7 @@ class EncodedImages:
     stage_stats: tuple[Mapping[str, Tensor], ...] = ()
     stage_tokens: tuple[int, ...] = ()
     deepstack: tuple[Float[Tensor, "b N d"], ...] = ()
+    separators: Float[Tensor, "b s d"] | None = None
 
     def select(self, images: Sequence[int] | Int[Tensor, " i"]) -> EncodedImages:
         """The images at these positions, in this order; repeat a position to ask several questions about one image."""
@@ -98,6 +102,7 @@ class EncodedImages:
             ),
             layouts=tuple(self.layouts[image] for image in chosen) if self.layouts else (),
             deepstack=tuple(features[index] for features in self.deepstack),
+            separators=None if self.separators is None else self.separators[index],
             stage_stats=tuple(
                 {name: value[tiles] if value.ndim else value for name, value in stats.items()}
                 for stats in self.stage_stats
@@ -145,14 +150,23 @@ class ModelAdapter(ABC):
     all its tokens: what closes a tile is about the one before it, all else about the one behind it."""
     first_position: ClassVar[int] = 0
     """Where the position ids begin that this model's `forward` makes; those of `generate` begin at 0."""
+    video_adapter: ClassVar[str | None] = None
+    """Name of the class, in the module of this one, that prunes the videos of the same model; None if nothing does."""
+    model: Any
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
 
+    @classmethod
+    def video_class(cls) -> type[ModelAdapter] | None:
+        """What prunes the videos of the same models, for its flags; None if nothing does."""
+        return None if cls.video_adapter is None else getattr(sys.modules[cls.__module__], cls.video_adapter)
+
     @property
     def video(self) -> ModelAdapter | None:
         """What prunes the videos of the same model; None if nothing does."""
-        return None
+        found = self.video_class()
+        return None if found is None else found(self.model)
 
     @property
     @abstractmethod
@@ -188,7 +202,7 @@ class ModelAdapter(ABC):
         for name, value in found.items():
             if isinstance(value, Tensor) and value.shape[:1] == (len(layouts),):
                 found[name] = value[index]
-            elif isinstance(value, list) and len(value) == len(layouts):
+            elif isinstance(value, list | tuple) and len(value) == len(layouts):
                 found[name] = [value[image] for image in index]
         return found
 

@@ -77,7 +77,8 @@ def frames_layout(frames: int, rows: int, cols: int, *, step: float = 1.0) -> Im
     Args:
         frames: at least one.
         rows, cols: patches of a frame.
-        step: patches that a token would have to move to be as far away as the same place in the next frame (ours).
+        step: time from a frame to the next; 1 counts frames. How far apart that makes tokens is up to the pruner, see
+            `DCPPruner.time_weight`.
     """
     frame = plain_layout(rows, cols)
     time = torch.arange(frames).repeat_interleave(rows * cols).unsqueeze(1) * step
@@ -94,6 +95,24 @@ def stacked_layout(tiles: int, rows: int, cols: int) -> ImageLayout:
     below = torch.arange(tiles).repeat_interleave(rows * cols) * rows
     positions = tile.positions.repeat(tiles, 1) + torch.stack((below, torch.zeros_like(below)), dim=1)
     return ImageLayout(torch.arange(len(below)), positions, tile.boxes.repeat(tiles, 1), tiles, tile.grid)
+
+
+def with_separators(layout: ImageLayout, before: Sequence[int]) -> ImageLayout:
+    """The same patches, with separators between them.
+
+    Args:
+        layout: without separators.
+        before: the patch that each separator stands before, ascending; `len(layout)` is the end.
+    """
+    separates = torch.zeros(len(layout) + len(before), dtype=torch.bool)
+    separates[torch.tensor(before) + torch.arange(len(before))] = True
+    patch = ((~separates).cumsum(0) - (~separates).long()).clamp(max=len(layout) - 1)
+    return replace(
+        layout,
+        source=layout.source[patch].masked_fill(separates, -1),
+        positions=layout.positions[patch],
+        boxes=layout.boxes[patch].masked_fill(separates.unsqueeze(1), 0.0),
+    )
 
 
 def tiled_layout(source: Int[Tensor, " N"], rows: int, cols: int, grid: tuple[int, int], num_tiles: int) -> ImageLayout:

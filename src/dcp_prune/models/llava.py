@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from dcp_prune.errors import UnsupportedModelError
 from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
 from dcp_prune.models.layout import ImageLayout, plain_layout
-from dcp_prune.models.tower import Tower, feature_layers
+from dcp_prune.models.tower import Tower, Walk, feature_layers
 from dcp_prune.tokens import Signal
 
 
@@ -89,12 +89,11 @@ class LlavaAdapter(ModelAdapter):
             layouts = self.layouts(images)
         pixels = self.stack_tiles(images[self.image_inputs[0]], layouts)
         walk = self.tower.walk(pixels, self.check_stages(stages), signals, lap)
-        features = self.model.model.multi_modal_projector(walk.encoder.features)
-        return self.finish(walk.encoded(features, layouts, with_encoder=bool(signals)), features)
+        return self.project(walk, layouts, with_encoder=bool(signals))
 
-    def finish(self, encoded: EncodedImages, features: Float[Tensor, "t n d"]) -> EncodedImages:
-        """What the model does to the features of tiles behind the projector, where that is more than joining them."""
-        return encoded
+    def project(self, walk: Walk, layouts: Sequence[ImageLayout], with_encoder: bool) -> EncodedImages:
+        """What the model does to the features of tiles behind the encoder; see `Walk.encoded`."""
+        return walk.encoded(self.model.model.multi_modal_projector(walk.encoder.features), layouts, with_encoder)
 
     def stack_tiles(self, pixel_values: Tensor, layouts: Sequence[ImageLayout]) -> Float[Tensor, "t c y x"]:
         """All tiles of all images, without those that only pad a batch."""

@@ -1,7 +1,11 @@
-"""LLaVA-OneVision: LLaVA-NeXT's tiles through a SigLIP tower; features are scaled down where they are too many."""
+"""LLaVA-OneVision: LLaVA-NeXT's tiles through a SigLIP tower; features are scaled down where they are too many.
+
+Frames of videos go through the same tower, and the model pools the raster of each to a quarter of its patches.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -13,8 +17,10 @@ from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.models.base import EncodedImages, Reduction
-from dcp_prune.models.layout import ImageLayout, tile_rows
+from dcp_prune.models.frames import FramesAdapter
+from dcp_prune.models.layout import ImageLayout, frames_layout, tile_rows, with_separators
 from dcp_prune.models.llava_next import LlavaNextAdapter
+from dcp_prune.models.tower import Walk
 from dcp_prune.tokens import Signal
 
 
@@ -35,7 +41,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     }
     image_inputs = (*LlavaNextAdapter.image_inputs, "vision_aspect_ratio", "batch_num_images")
     image_details = ("image_sizes", "batch_num_images")
-    unpruned_inputs = ("pixel_values_videos",)
+    video_adapter = "LlavaOnevisionVideoAdapter"
 
     def check_tower(self, tower: Any) -> None:
         embeddings = getattr(tower, "embeddings", None)
@@ -84,8 +90,9 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             )
         return super().encode(images, stages, signals, lap, layouts)
 
-    def finish(self, encoded: EncodedImages, features: Float[Tensor, "t n d"]) -> EncodedImages:
-        layouts = encoded.layouts
+    def project(self, walk: Walk, layouts: Sequence[ImageLayout], with_encoder: bool) -> EncodedImages:
+        features = self.model.model.multi_modal_projector(walk.encoder.features)
+        encoded = walk.encoded(features, layouts, with_encoder)
         scaled = [image for image, layout in enumerate(layouts) if layout.picture is not None]
         if not scaled:
             return encoded
@@ -97,3 +104,25 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             patches = packed[(layout.source >= 0).to(packed.device)]
             rows[image] = torch.cat((patches, rows[image][len(patches) :]))
         return replace(encoded, tokens=replace(encoded.tokens, features=torch.stack(rows)))
+
+
+class LlavaOnevisionVideoAdapter(FramesAdapter, LlavaOnevisionAdapter):
+    """Videos: a token is a cell of 2 x 2 patches of a frame; a newline ends the video.
+
+    Signals of a cell are those of its patches, pooled with the same weights as the features.
+    """
+
+    prunes_in_encoder = False
+    why_not_in_encoder = ", behind which it pools the raster of every frame"
+    image_inputs = (*FramesAdapter.image_inputs, "image_sizes_videos", "vision_aspect_ratio")
+    image_details = ("image_sizes_videos",)
+
+    def layout(self, frames: int, grid: tuple[int, int]) -> ImageLayout:
+        rows, cols = (math.ceil(size / 2) for size in grid)
+        plain = frames_layout(frames, rows, cols)
+        return with_separators(plain, [len(plain)])
+
+    def project(self, walk: Walk, layouts: Sequence[ImageLayout], with_encoder: bool) -> EncodedImages:
+        pool = self.model.model.apply_pooling
+        features = pool(self.model.model.multi_modal_projector(walk.encoder.features))
+        return walk.pooled(pool, layouts[0].grid).encoded(features, layouts, with_encoder)

@@ -36,14 +36,11 @@ class Qwen2VLAdapter(ModelAdapter):
     }
     image_inputs = ("pixel_values", "image_grid_thw")
     image_details = ("image_grid_thw",)
+    video_adapter = "Qwen2VLVideoAdapter"
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.tower = PackedTower(model.model.visual)
-
-    @property
-    def video(self) -> ModelAdapter | None:
-        return Qwen2VLVideoAdapter(self.model)
 
     @property
     def image_token_id(self) -> int:
@@ -198,11 +195,8 @@ class _Videos:
     modality = "video"
     image_inputs: tuple[str, ...] = ("pixel_values_videos", "video_grid_thw")
     image_details: tuple[str, ...] = ("video_grid_thw",)
+    video_adapter = None
     model: Any
-
-    @property
-    def video(self) -> None:
-        return None
 
     @property
     def image_token_id(self) -> int:
@@ -217,10 +211,7 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
     """Most layers attend within windows; the last one to the whole frame."""
 
     architecture = "Qwen2_5_VLForConditionalGeneration"
-
-    @property
-    def video(self) -> ModelAdapter | None:
-        return Qwen25VLVideoAdapter(self.model)
+    video_adapter = "Qwen25VLVideoAdapter"
 
 
 class Qwen25VLVideoAdapter(_Videos, Qwen25VLAdapter):
@@ -244,10 +235,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     """Features of earlier layers go along, for the first layers of the language model (DeepStack)."""
 
     architecture = "Qwen3VLForConditionalGeneration"
-
-    @property
-    def video(self) -> ModelAdapter | None:
-        return Qwen3VLVideoAdapter(self.model)
+    video_adapter = "Qwen3VLVideoAdapter"
 
     def groups(self, layout: ImageLayout, modality: str) -> int:
         return layout.num_tiles if modality == "video" else 1

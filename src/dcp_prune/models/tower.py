@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
 from dcp_prune.errors import UnsupportedModelError
@@ -28,6 +29,7 @@ class Walk:
         encoder: what leaves the feature layer, with the signals that were asked for.
         assignment: original patch -> slot that absorbed it, -1 if it was dropped. `t N`.
         stages, stage_stats, stage_tokens: as in `EncodedImages`.
+        prefix: [CLS] as it leaves the feature layer; None where there is none. `t 1 v`.
     """
 
     encoder: EncoderTokens
@@ -35,6 +37,7 @@ class Walk:
     stages: tuple[Reduction, ...]
     stage_stats: tuple[Mapping[str, Tensor], ...]
     stage_tokens: tuple[int, ...]
+    prefix: Float[Tensor, "t 1 v"] | None = None
 
     def merged(self, grid: tuple[int, int], size: int) -> Walk:
         """With cells of size x size patches in the place of patches, where the projector makes one token of each.
@@ -42,19 +45,39 @@ class Walk:
         Args:
             grid: (rows, cols) of patches of a tile, none of which were dropped.
         """
+        return self.pooled(lambda patches: merge_cells(patches, grid, size), (grid[0] // size, grid[1] // size))
+
+    def pooled(self, pool: Callable[[Float[Tensor, "t n v"]], Float[Tensor, "t m v"]], grid: tuple[int, int]) -> Walk:
+        """With what `pool` makes of all patches of a tile, none of which were dropped.
+
+        Args:
+            pool: `t n v` -> `t m v`.
+            grid: (rows, cols) of what it makes.
+        """
         signals: dict[str, Any] = {
-            name: merge_cells(value, grid, size)
+            name: pool(value) if value.ndim == 3 else pool(value.unsqueeze(2)).squeeze(2)
             for name in ("features", "cls_attention", "keys", "values", "cls_value_affinity")
             if (value := getattr(self.encoder, name)) is not None
         }
-        cells = VisualTokens.from_features(signals["features"], grid=(grid[0] // size, grid[1] // size))
+        cells = VisualTokens.from_features(signals["features"], grid=grid)
         encoder = EncoderTokens(**signals, positions=cells.positions, indices=cells.indices)
         return replace(self, encoder=encoder, assignment=cells.assignment)
 
     def encoded(
-        self, features: Float[Tensor, "t n d"], layouts: Sequence[ImageLayout], with_encoder: bool
+        self,
+        features: Float[Tensor, "t n d"],
+        layouts: Sequence[ImageLayout],
+        with_encoder: bool,
+        separators: Float[Tensor, "t s d"] | None = None,
     ) -> EncodedImages:
-        """With what the projector made of the encoder's features, tiles joined to images."""
+        """With what the projector made of the encoder's features, tiles joined to images.
+
+        Args:
+            features: of the patches. `t n d`.
+            layouts: of the images.
+            with_encoder: keep the encoder's features and signals.
+            separators: features of the separators of each tile. `t s d`.
+        """
         device = features.device
         inner: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self.encoder).items() if isinstance(value, Tensor)
@@ -70,7 +93,12 @@ class Walk:
             encoder=EncoderTokens(**inner) if with_encoder else None,
         )
         joined = join_images(tokens, layouts)
-        return EncodedImages(joined, tuple(layouts), self.stages, self.stage_stats, self.stage_tokens)
+        if separators is not None:
+            rows = separators.split([layout.num_tiles for layout in layouts])
+            separators = pad_sequence([row.flatten(0, 1) for row in rows], batch_first=True)
+        return EncodedImages(
+            joined, tuple(layouts), self.stages, self.stage_stats, self.stage_tokens, separators=separators
+        )
 
 
 @dataclass(frozen=True)
@@ -184,7 +212,8 @@ class Tower:
                 widths.append(indices.shape[1])
                 lap("select")
         encoder = EncoderTokens(hidden[:, prefix:], positions, indices, mask=mask, **captured)
-        return Walk(encoder, assignment, tuple(plan.values()), tuple(stats), tuple(widths))
+        first = hidden[:, :prefix] if prefix else None
+        return Walk(encoder, assignment, tuple(plan.values()), tuple(stats), tuple(widths), first)
 
     def _attention_mask(self, hidden: Float[Tensor, "b m v"], prefix: int, mask: Bool[Tensor, "b n"]) -> Any:
         """What keeps the layers from attending to padding, in the form of their attention implementation."""

@@ -29,7 +29,13 @@ from dcp_prune.functional.relevance import (
     word_strength,
 )
 from dcp_prune.functional.selection import farthest_point, ranked_topk, sorted_prefix
-from dcp_prune.functional.similarity import cosine_similarity, gather_tokens, scale_to_peak, squared_distance
+from dcp_prune.functional.similarity import (
+    cosine_similarity,
+    gather_tokens,
+    in_patches,
+    scale_to_peak,
+    squared_distance,
+)
 from dcp_prune.pruners.base import EncoderStage, Pruner, Selection, missing_signals
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
@@ -47,8 +53,8 @@ class AnchorContextStage(EncoderStage):
     Attributes:
         layer: 0-based encoder layer whose output is reduced.
         num_tokens: anchors to keep, m.
-        anchors, recovery, neighbours, temperature, sigma, rescale: as the fields of `DCPPruner` of these names
-            (`temperature` and `sigma` there begin with `graph_`).
+        anchors, recovery, neighbours, temperature, sigma, rescale, time_weight: as the fields of `DCPPruner` of these
+            names (`temperature` and `sigma` there begin with `graph_`).
     """
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION})
@@ -61,6 +67,7 @@ class AnchorContextStage(EncoderStage):
     temperature: float
     sigma: float | None
     rescale: bool
+    time_weight: float
 
     def reduce(self, tokens: EncoderTokens) -> EncoderReduction:
         """Keeps m of n tokens, `b n v` -> `b m v`; the strongest anchor of each context is its `assignment`.
@@ -77,7 +84,7 @@ class AnchorContextStage(EncoderStage):
                 anchors = anchors.sort(dim=1).values
                 graph = context_to_anchor_graph(
                     tokens.features,
-                    tokens.positions,
+                    in_patches(tokens.positions, self.time_weight),
                     anchors,
                     neighbours=self.neighbours,
                     temperature=self.temperature,
@@ -137,6 +144,8 @@ class DCPPruner(Pruner):
         graph_temperature: of the cosines in the context-to-anchor graph.
         graph_sigma: reach of the graph's spatial term in patches; None leaves it out.
         rescale: recovered anchors keep their old norm.
+        time_weight: of videos: how many patches away, in `graph_sigma` and `centre_sigma`, the same place in the next
+            frame is (where the model knows when frames were taken, in its next unit of time); 0 leaves time out.
 
         first_choice: rule of the first choice after the encoder, one of those of `anchors`.
         trigger: distance between first choice and all tokens that decides on re-selection, a name in
@@ -186,6 +195,7 @@ class DCPPruner(Pruner):
     graph_temperature: float = 0.1
     graph_sigma: float | None = 4.0
     rescale: bool = True
+    time_weight: float = 1.0
 
     first_choice: Partition = "farthest"
     trigger: str = "coverage"
@@ -224,6 +234,7 @@ class DCPPruner(Pruner):
             _require(value in choices, name, f"be one of {', '.join(choices)}", value)
         for name in (
             "recovery",
+            "time_weight",
             "saliency_weight",
             "text_weight",
             "relevance_smoothing",
@@ -294,6 +305,7 @@ class DCPPruner(Pruner):
                     temperature=self.graph_temperature,
                     sigma=self.graph_sigma,
                     rescale=self.rescale,
+                    time_weight=self.time_weight,
                 )
             )
         return tuple(stages)
@@ -444,7 +456,8 @@ class DCPPruner(Pruner):
             return similarity
         logits = similarity / self.centre_temperature
         if relevance is not None and self.centre_sigma is not None:
-            distance = squared_distance(tokens.positions) / (2.0 * self.centre_sigma**2)
+            places = in_patches(tokens.positions, self.time_weight)
+            distance = squared_distance(places) / (2.0 * self.centre_sigma**2)
             logits = logits.addcmul_(relevance.unsqueeze(2) ** self.relevance_power, distance, value=-1.0)
         return logits.masked_fill_(~tokens.mask.unsqueeze(1), -torch.inf).softmax(dim=2)
 

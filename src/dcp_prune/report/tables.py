@@ -68,7 +68,7 @@ def models(result: Result) -> str:
     body = [
         [
             f"`{row['name'].replace('ForConditionalGeneration', '')}`",
-            *("yes" if row[flag] else "no" for flag in flags),
+            *({True: "yes", False: "no"}.get(row[flag], row[flag]) for flag in flags),
             row["saliency"],
             ", ".join(f"`{name}`" for name in row["refused_pruners"]),
         ]
