@@ -29,7 +29,7 @@ test-newest: ## models and integrations on the newest transformers there is, in 
 	@$(CHECK_PYTHON)
 	test -x $(NEWEST)/bin/python || "$(PYTHON)" -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --editable . transformers accelerate peft hypothesis pytest
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --editable '.[serve]' transformers accelerate peft hypothesis pytest
 	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest -q tests/models tests/integrations tests/contract $(ARGS)
 

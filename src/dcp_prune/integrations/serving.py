@@ -11,10 +11,12 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.image_utils import load_image
 
+from dcp_prune import __version__
 from dcp_prune.errors import DcpPruneError, InvalidInputError, UnsupportedVersionError
 from dcp_prune.integrations.transformers import PruneHandle, PruneRecord, prune
 from dcp_prune.pruners.base import Pruner
@@ -22,8 +24,8 @@ from dcp_prune.pruners.base import Pruner
 try:
     import openai  # noqa: F401  # the types of requests and answers
     import uvicorn
-    from fastapi import FastAPI, HTTPException
-    from fastapi.responses import JSONResponse, PlainTextResponse
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 except ModuleNotFoundError as missing:
     raise DcpPruneError(
         f"serving needs {missing.name}, which is not installed; run: pip install 'dcp-prune[serve]'"
@@ -31,15 +33,12 @@ except ModuleNotFoundError as missing:
 
 _CHANGED = (
     "this version of transformers has another `transformers serve` than the one that serving builds on; "
-    "install transformers 5.19.0, with which it is tested"
+    "install transformers 5.19 to 5.23, with which it is tested"
 )
 try:
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.cli.serving.utils import BaseHandler, GenerationState
 except (ImportError, AttributeError) as changed:
     raise UnsupportedVersionError(_CHANGED) from changed
@@ -49,8 +48,6 @@ LOGGER = logging.getLogger(__name__)
 
 _IMAGE_SECONDS = 10.0
 """How long an image behind an address may take to arrive."""
-_NOT_SERVED = ("/reset", "/v1/audio/transcriptions")
-"""Routes that unload the model, or want another kind of model."""
 
 
 @dataclass
@@ -107,7 +104,7 @@ class Meter:
 class Server:
     """One model behind `/v1/chat/completions` and `/v1/responses`, streaming or not, with its images pruned.
 
-    Further routes: `/v1/completions`, `/v1/models`, `/health`, and `/metrics` with the counts of `meter`. Requests
+    Further routes: `/v1/models`, `/health`, and `/metrics` with the counts of `meter`. Requests
     that carry an image which cannot be read get status 400 and a sentence. Calls run one after the other.
 
     Attributes:
@@ -151,16 +148,25 @@ class Server:
             handler.get_processor_inputs_from_messages = functools.partial(
                 _read_messages, marker=getattr(manager.processor, "image_token", None)
             )
-        app = build_server(
-            manager,
-            chat,
-            completion_handler=CompletionHandler(manager, state),
-            response_handler=response,
-            transcription_handler=TranscriptionHandler(manager, state),
-            generation_state=state,
-        )
-        routes: list[Any] = app.router.routes
-        routes[:] = [route for route in routes if route.path not in _NOT_SERVED]
+
+        async def complete(request: Request, body: dict[str, Any]) -> Any:
+            if "max_completion_tokens" in body:  # the newer name, which older versions of transformers pass over
+                body["max_tokens"] = body.pop("max_completion_tokens")
+            return await chat.handle_request(body, _id_of(request))
+
+        async def respond(request: Request, body: dict[str, Any]) -> Any:
+            return await response.handle_request(body, _id_of(request))
+
+        def load(body: dict[str, Any]) -> Any:  # what `transformers chat` asks for first
+            events = manager.load_model_streaming(manager.process_model_name(str(body.get("model"))))
+            return StreamingResponse(events, media_type="text/event-stream")
+
+        app = FastAPI(title="dcp-prune", version=__version__)
+        app.add_api_route("/v1/chat/completions", complete, methods=["POST"])
+        app.add_api_route("/v1/responses", respond, methods=["POST"])
+        app.add_api_route("/v1/models", lambda: {"object": "list", "data": [manager.card]}, methods=["GET"])
+        app.add_api_route("/load_model", load, methods=["POST"])
+        app.add_api_route("/health", lambda: {"status": "ok"}, methods=["GET"])
         app.add_exception_handler(DcpPruneError, lambda _, error: _refusal(400, str(error)))
         app.add_exception_handler(HTTPException, lambda _, error: _refusal(error.status_code, error.detail))  # type: ignore[attr-defined]
         app.add_api_route("/metrics", lambda: PlainTextResponse(self.meter.exposition()), methods=["GET"])
@@ -231,8 +237,10 @@ class _OneModel(ModelManager):
             progress_callback({"status": "ready", "model": model_id_and_revision, "cached": True})
         return self.model, self.processor
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
-        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "dcp-prune"}]
+    @property
+    def card(self) -> dict[str, Any]:
+        """The model as `/v1/models` lists it."""
+        return {"id": self.force_model, "object": "model", "created": 0, "owned_by": "dcp-prune"}
 
 
 def _read_messages(messages: list[dict[str, Any]], modality: Any, marker: str | None) -> list[dict[str, Any]]:
@@ -249,6 +257,10 @@ def _read_messages(messages: list[dict[str, Any]], modality: Any, marker: str | 
                     400, f"the text holds {marker}, which stands for an image in the prompt; leave it out"
                 )
     return read
+
+
+def _id_of(request: Request) -> str:
+    return request.headers.get("x-request-id") or str(uuid4())
 
 
 def _refusal(status: int, sentence: str) -> JSONResponse:
