@@ -197,7 +197,7 @@ def check_flowcut(golden: Golden) -> None:
     for k, tag, expected in settings(golden):
         pruner = FlowCutPruner(num_tokens=k)
         with torch.no_grad():
-            encoded = encode(adapter, pixels, (pruner,))
+            encoded = encode(adapter, {"pixel_values": pixels}, (pruner,))
             assert encoded.tokens.encoder is not None
             pruned = pruner(encoded.tokens)
         # The file counts what enters each layer and what leaves the last one, which is behind the feature layer.
