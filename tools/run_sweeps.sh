@@ -17,7 +17,7 @@ variants=(
     "dcp($stages,recovery=0.3)" "dcp($stages,recovery=1.0)" "dcp($stages,recovery=1.0,rescale=False)"
     "dcp($stages,anchors=\"saliency\")"
 )
-# Bounds that keep 8, 12, 16 and 32 tokens (coverage: 8 and 16) in the mean of tuning seeds 900040000 to 900040071.
+# Bounds that keep 8, 12, 16 and 32 tokens (coverage: 8 and 16) in the mean of crowded tuning seeds 900040000 to 900040071.
 declare -A demand=([weak]="0.544 0.451 0.403 0.306" [aligned]="0.503 0.421 0.372 0.272")
 declare -A coverage=([weak]="0.168 0.11" [aligned]="0.115 0.074")
 
@@ -42,7 +42,8 @@ for checkpoint in weak aligned; do
     for bound in ${coverage[$checkpoint]}; do
         adaptive+=("dcp(max_distance=$bound,bounded=\"coverage\",num_tokens=(4,64))")
     done
-    sweep adaptive $checkpoint crowded "$(fewer 1008)" 7,8,9,11,12,13,15,16,17,31,32,33 none dcp "${adaptive[@]}"
+    sweep adaptive $checkpoint crowded "$(fewer 1008)" 6,7,8,9,10,11,12,13,14,15,16,17,31,32,33 none dcp "${adaptive[@]}"
+    sweep adaptive $checkpoint standard "$(fewer 1008)" 4,5,6,7,8,9,10,11,12,13,14 none dcp "${adaptive[@]:0:3}"
     extra=(--distances)
     sweep distances $checkpoint crowded "$(fewer 1008)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
     sweep distances $checkpoint standard "$(fewer 252)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"

@@ -83,12 +83,15 @@ def test_easy_and_crowded_pictures_are_also_looked_at_together(sweep):
     text = SECTIONS["adaptive"][1](analyses, out)
     parts = {part.split("\n")[0]: rows(part) for part in text.split("### ")[1:]}
     assert list(parts) == ["`weak`, crowded", "`weak`, crowded and standard", "`weak`, standard"]
-    alone, together = parts["`weak`, crowded"][label], parts["`weak`, crowded and standard"][label]
+    everything = parts["`weak`, crowded and standard"]
+    alone, together = parts["`weak`, crowded"][label], everything[label]
     assert alone[0].startswith("12.0")
     assert alone[3:] == ["", "", ""], "12 tokens were not measured as a fixed budget"
     assert together[0].startswith("8.0")
     assert float(together[3].split()[0]) == pytest.approx(87.5)
     assert together[5] == "ahead"
+    assert [everything[f"of it {kind}"][0].split()[0] for kind in ("crowded", "standard")] == ["12.0", "4.0"]
+    assert [everything[f"of it {kind}"][3].split()[0] for kind in ("crowded", "standard")] == ["75.0", "100.0"]
 
 
 def test_without_adaptive_budgets_their_part_says_so(graded_folder):

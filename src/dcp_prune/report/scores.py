@@ -177,30 +177,36 @@ class Scores:
         totals = self.resampling.totals(self.sums(self.cell.kept)).sum(axis=-1)
         return totals / self._counts.sum(axis=-1, keepdims=True)
 
-    def at_same_mean(self, place: int) -> Float[np.ndarray, " r"]:
+    def at_same_mean(self, place: int, mean: float | None = None) -> Float[np.ndarray, " r"]:
         """Relative score of the same pruner with fixed budgets and the mean number of tokens of an adaptive method.
 
         Some questions get the whole number below that mean, the others the one above it. Draws have means of their own,
         and where these lie beyond the measured budgets the line through the outermost two goes on.
 
+        Args:
+            place: row of the adaptive method.
+            mean: another mean than its own, the same in every draw.
+
         Raises:
             GapError: one of the two whole numbers was not measured.
         """
-        entry, mean = self.cell.entries[place], self.mean_kept[:, place]
+        entry, wanted = self.cell.entries[place], self.mean_kept[:, place]
+        if mean is not None:
+            wanted = np.full_like(wanted, mean)
         places = {e.num_tokens: at for at, e in enumerate(self.cell.entries) if e.label == entry.pruner}
         budgets = np.array(sorted(places))
-        around = {math.floor(mean[0]), math.ceil(mean[0])}
+        around = {math.floor(wanted[0]), math.ceil(wanted[0])}
         if missing := sorted(around - set(budgets.tolist())):
             raise GapError(
                 f"`{entry.pruner}` was not measured at {' and '.join(map(str, missing))} tokens, beside "
-                f"`{entry.label}` with {mean[0]:.1f} in the mean"
+                f"`{entry.label}` with {wanted[0]:.1f} in the mean"
             )
         fixed = self.relative[:, [places[budget] for budget in budgets]]
         if len(budgets) == 1:
             return fixed[:, 0]
-        above = np.searchsorted(budgets, mean).clip(1, len(budgets) - 1)
-        share = (mean - budgets[above - 1]) / (budgets[above] - budgets[above - 1])
-        draws = np.arange(len(mean))
+        above = np.searchsorted(budgets, wanted).clip(1, len(budgets) - 1)
+        share = (wanted - budgets[above - 1]) / (budgets[above] - budgets[above - 1])
+        draws = np.arange(len(wanted))
         return (1 - share) * fixed[draws, above - 1] + share * fixed[draws, above]
 
     def with_text(self, pruner: str, text: str, num_tokens: int) -> int | None:

@@ -156,7 +156,7 @@ def ablation(analyses: Sequence[Analysis], out: Output) -> str:
 
 def adaptive(analyses: Sequence[Analysis], out: Output) -> str:
     """Budgets that a bound picks for each question, against fixed ones of the same mean; where a checkpoint of the
-    testbed was asked about easy and crowded pictures, about all of them together as well."""
+    testbed was asked about several kinds of pictures, about all of them together as well."""
     found = [analysis for analysis in analyses if any(entry.is_adaptive for entry in analysis.cell.entries)]
     if not found:
         return "*Every method had a fixed budget.*"
@@ -164,14 +164,14 @@ def adaptive(analyses: Sequence[Analysis], out: Output) -> str:
     for analysis in found:
         if analysis.cell.source.get("kind") == "testbed":
             by_checkpoint.setdefault(analysis.cell.source["checkpoint"], []).append(analysis)
+    parts: dict[Analysis, list[Analysis]] = {analysis: [] for analysis in found}
     for several in by_checkpoint.values():
-        if len({analysis.cell.source["difficulty"] for analysis in several}) == len(several) > 1:
-            name = several[0].cell.name.partition(", ")[0]
-            kinds = " and ".join(analysis.cell.source["difficulty"] for analysis in several)
-            found.append(
-                Analysis(pool([analysis.cell for analysis in several], f"{name}, {kinds}"), several[0].resamples)
-            )
-    return _each(sorted(found, key=lambda analysis: analysis.cell.name), lambda analysis: _adaptive(analysis, out))
+        kinds = [analysis.cell.source["difficulty"] for analysis in several]
+        if len(set(kinds)) == len(kinds) > 1:
+            name = f"{several[0].cell.name.partition(', ')[0]}, {' and '.join(kinds)}"
+            parts[Analysis(pool([analysis.cell for analysis in several], name), several[0].resamples)] = several
+    shown = sorted(parts, key=lambda analysis: analysis.cell.name)
+    return _each(shown, lambda analysis: _adaptive(analysis, parts[analysis], out))
 
 
 def text(analyses: Sequence[Analysis], out: Output) -> str:
@@ -365,32 +365,44 @@ def _ablation(analysis: Analysis, out: Output) -> str:
     )
 
 
-def _adaptive(analysis: Analysis, out: Output) -> str:
+def _adaptive(analysis: Analysis, parts: Sequence[Analysis], out: Output) -> str:
     cell, scores = analysis.cell, analysis.scores
     places = [place for place, entry in enumerate(cell.entries) if entry.is_adaptive]
+    if not places:
+        raise GapError("no adaptive method was measured on all of these questions")
     places.sort(key=lambda place: scores.mean_kept[0, place])
     header = ["method", "tokens, mean", "5 % to 95 %", "relative score", "fixed, same mean", "difference", ""]
     table = Table(header, left=frozenset({6}))
     rows: list[Sequence[Field]] = []
     for place in places:
-        low, high = np.quantile(cell.kept[place], (0.05, 0.95))
-        own, fixed = 100 * scores.relative[:, place], _or_nothing(lambda at=place: 100 * scores.at_same_mean(at), None)
-        tokens, score = (Number(scores.resampling.interval(draws)) for draws in (scores.mean_kept[:, place], own))
-        compared: list[Field] = ["", "", ""]
-        if fixed is not None:
-            difference = scores.resampling.interval(own - fixed)
-            compared = [Number(scores.resampling.interval(fixed)), *_with_verdicts([difference])]
-        rows.append([f"`{cell.entries[place].label}`", tokens, f"{low:.0f} to {high:.0f}", score, *compared])
-    if not rows:
-        raise GapError("no adaptive method was measured on all of these questions")
+        entry = cell.entries[place]
+        rows.append([f"`{entry.label}`", *_beside_fixed(scores, place)])
+        for part in parts:
+            own = part.cell.place(entry.label, entry.num_tokens)
+            assert own is not None
+            of_all = float(scores.mean_kept[0, place])
+            rows.append([f"of it {part.cell.source['difficulty']}", *_beside_fixed(part.scores, own, of_all)])
     table.add("", rows)
+    of_parts = " In the rows `of it`, the fixed budgets have the mean over all of these pictures." if parts else ""
     return _paragraphs(
         out.table(f"adaptive-{cell.slug}", table),
         "<sub>Relative scores in per cent, differences in points and paired, with 95 % intervals over images. Fixed, "
         "same mean: the same pruner with the whole number of tokens below that mean for some questions and the one "
         "above it for the others, so many that the mean is the same, in every draw of images; empty where these two "
-        "were not measured.</sub>",
+        f"were not measured.{of_parts}</sub>",
     )
+
+
+def _beside_fixed(scores: Scores, place: int, mean: float | None = None) -> Sequence[Field]:
+    """Tokens and relative score of an adaptive method, and what fixed budgets of its mean, or of this one, make."""
+    low, high = np.quantile(scores.cell.kept[place], (0.05, 0.95))
+    own, fixed = 100 * scores.relative[:, place], _or_nothing(lambda: 100 * scores.at_same_mean(place, mean), None)
+    tokens, score = (Number(scores.resampling.interval(draws)) for draws in (scores.mean_kept[:, place], own))
+    compared: list[Field] = ["", "", ""]
+    if fixed is not None:
+        difference = scores.resampling.interval(own - fixed)
+        compared = [Number(scores.resampling.interval(fixed)), *_with_verdicts([difference])]
+    return [tokens, f"{low:.0f} to {high:.0f}", score, *compared]
 
 
 def _text(analysis: Analysis, out: Output) -> str:
