@@ -838,11 +838,13 @@ class OnevisionVideos(LlavaOnevision):
         return video_inputs(prompts, videos, [9 * len(video) + 1 for video in videos])
 
     def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        features = self.model.model.get_video_features
+        """All frames in one pass, as in ours: passes of another size round differently. The newline comes last."""
+        videos = inputs["pixel_values_videos"]
         with torch.no_grad():
-            return [
-                features(pixel_values_videos=video[None]).pooler_output[0] for video in inputs["pixel_values_videos"]
-            ]
+            frames = torch.cat(list(videos))[None]
+            packed = self.model.model.get_video_features(pixel_values_videos=frames).pooler_output[0]
+        split = packed[:-1].split([9 * len(video) for video in videos])
+        return [torch.cat((video, packed[-1:])) for video in split]
 
 
 def sharpen(tower: Any) -> None:
