@@ -279,7 +279,7 @@ class LlavaOnevision(Family):
             text_config=text_config(),
             image_token_index=IMAGE_ID,
             video_token_index=VIDEO_ID,
-            image_grid_pinpoints=[[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]],
+            image_grid_pinpoints=[[rows * self.tile, cols * self.tile] for rows, cols in ((1, 2), (2, 1), (2, 2))],
             vision_aspect_ratio=self.aspect,
         )
         model = LlavaOnevisionForConditionalGeneration(config)
@@ -290,7 +290,7 @@ class LlavaOnevision(Family):
         if not pictures:
             return dict(expand_placeholders(prompts, []))
         processor = LlavaOnevisionImageProcessorPil(
-            size={"height": TILE, "width": TILE}, image_grid_pinpoints=self.model.config.image_grid_pinpoints
+            size={"height": self.tile, "width": self.tile}, image_grid_pinpoints=self.model.config.image_grid_pinpoints
         )
         given = iter(pictures)
         groups = [[next(given) for _ in range(prompt.count("<image>"))] for prompt in prompts]
