@@ -21,7 +21,8 @@ class Budget:
         keep_ratio: a share of the tokens in (0, 1]; the count is rounded half up and never below 1. Or a range of
             shares.
         scope: what the budget is for: an `image` with all its tiles together, or each `tile` by itself, where a model
-            cuts images into tiles. An image of one tile is the same in both.
+            cuts images into tiles. An image of one tile is the same in both. A video counts as an image, and its frames
+            as tiles.
         max_distance: what picks from a range: the fewest tokens whose distance to the full set lies below it. A range
             and a bound go together.
 
@@ -38,7 +39,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
-            raise InvalidInputError(f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}")
+            raise InvalidInputError(
+                f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}; of a video, image is all of it "
+                "and tile is one frame"
+            )
         if (self.num_tokens is None) == (self.keep_ratio is None):
             given = "neither" if self.num_tokens is None else "both"
             raise InvalidInputError(f"give exactly one of num_tokens (a count) and keep_ratio (a share), not {given}")

@@ -811,10 +811,15 @@ class VideoLlavaVideos(VideoLlava):
 
     name = "video_llava_videos"
     modality = "video"
+    side, cells = 84, 36
+
+    def length(self, frames: int) -> int:
+        """Placeholders of a video."""
+        return (1 + self.cells) * frames
 
     def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
-        videos = [make_video(picture, 84) for picture in pictures]
-        return video_inputs(prompts, videos, [37 * len(video) for video in videos])
+        videos = [make_video(picture, self.side) for picture in pictures]
+        return video_inputs(prompts, videos, [self.length(len(video)) for video in videos])
 
     def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         features = self.model.model.get_video_features
@@ -831,11 +836,16 @@ class OnevisionVideos(LlavaOnevision):
     name = "llava_onevision_videos"
     modality = "video"
     staged = False
-    tile = 70
+    tile = side = 70
+    cells = 9
+
+    def length(self, frames: int) -> int:
+        """Placeholders of a video."""
+        return self.cells * frames + 1
 
     def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
-        videos = [make_video(picture, 70) for picture in pictures]
-        return video_inputs(prompts, videos, [9 * len(video) + 1 for video in videos])
+        videos = [make_video(picture, self.side) for picture in pictures]
+        return video_inputs(prompts, videos, [self.length(len(video)) for video in videos])
 
     def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """All frames in one pass, as in ours: passes of another size round differently. The newline comes last."""

@@ -13,6 +13,7 @@ from dcp_prune.viz.overlay import (
     _slot_colour,
     absorption_map,
     enlarged,
+    film,
     heat_map,
     inspection,
     kept_tokens,
@@ -130,3 +131,22 @@ def test_a_sheet_frames_right_and_wrong_differently() -> None:
     colours = {tuple(colour) for colour in page.reshape(-1, 3)}
     assert (0, 114, 178) in colours
     assert (213, 94, 0) in colours
+
+
+def test_a_film_shows_every_frame_with_its_own_tokens(image: Image.Image) -> None:
+    frames = [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image]
+    kept = [[0, 7], [], [35]]
+    page = film(frames, kept, (6, 6), title="a film", side=96, columns=2)
+    pixels = np.asarray(page)
+    panels = [np.asarray(kept_tokens(frame, own, GRID)) for frame, own in zip(frames, kept, strict=True)]
+    places = [
+        (top, left)
+        for top, left in np.argwhere((pixels != 255).any(axis=2)).tolist()
+        for panel in panels
+        if np.array_equal(pixels[top : top + 96, left : left + 96], panel)
+    ]
+    (first, second, third) = sorted(places)
+    assert first[0] == second[0] < third[0]
+    assert first[1] == third[1] < second[1]
+    with pytest.raises(ValueError, match="shorter"):
+        film(frames, kept[:2], (6, 6), title="a film")

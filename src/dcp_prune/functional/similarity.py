@@ -70,8 +70,8 @@ def gather_tokens(features: Float[Tensor, "b n d"], kept: Tensor) -> Float[Tenso
 
 def in_patches(positions: Float[Tensor, "b n p"], time_weight: float) -> Float[Tensor, "b n p"]:
     """Positions whose time, the third coordinate that tokens of videos have, counts as so many patches each (ours)."""
-    scale = [1.0, 1.0, time_weight][: positions.shape[-1]]
-    return positions.float() * torch.tensor(scale, device=positions.device)
+    positions = positions.float()
+    return torch.cat((positions[..., :2], positions[..., 2:] * time_weight), dim=-1)
 
 
 def squared_distance(points: Float[Tensor, "b n p"]) -> Float[Tensor, "b n n"]:

@@ -105,6 +105,12 @@ class PruneRecord:
         layout = self.layouts[image]
         return layout.source[self._kept(image)].div(layout.tile_size, rounding_mode="floor")
 
+    def patches(self, image: int) -> Int[Tensor, " k"]:
+        """Which patch of its tile or frame each kept token is, in raster order; -1 for a separator."""
+        layout = self.layouts[image]
+        source = layout.source[self._kept(image)]
+        return torch.where(source < 0, source, source % layout.tile_size)
+
     def _kept(self, image: int) -> Int[Tensor, " k"]:
         kept = self.indices[image].cpu()
         return kept[kept >= 0]
@@ -320,7 +326,8 @@ def encode(
             "call encode_images once for each of them"
         )
     signals = frozenset().union(*(pruner.requires | pruner.optional for pruner in pruners))
-    return adapter.encode(images, plans[0] if plans else (), signals & adapter.signals, lap, layouts)
+    coded = adapter.encode(images, plans[0] if plans else (), signals & adapter.signals, lap, layouts)
+    return replace(coded, modality=adapter.modality)
 
 
 def _stages(adapter: ModelAdapter, layouts: Sequence[ImageLayout], pruner: Pruner) -> tuple[Any, ...]:
@@ -367,7 +374,9 @@ def shorten(
     unchanged = ShortInputs(inputs, None, None, 0, inputs, None)
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     kinds = [
-        _Images.of(each, inputs, encoded if each is adapter else None) for each in (adapter, adapter.video) if each
+        _Images.of(each, inputs, encoded if encoded and encoded.modality == each.modality else None)
+        for each in (adapter, adapter.video)
+        if each
     ]
     _check_inputs(model.config, inputs, kinds)
     if ids is None:

@@ -42,6 +42,7 @@ __all__ = [
     "TextScope",
     "embed_question",
     "encode_images",
+    "encode_videos",
     "encoder_stages",
     "get_handle",
     "image_features_as_inputs",
@@ -74,6 +75,26 @@ def encode_images(
     return encode(adapter, {**details, adapter.image_inputs[0]: pixel_values}, pruners)
 
 
+def encode_videos(model: PreTrainedModel, pixel_values_videos: Any, *pruners: Pruner, **details: Any) -> EncodedImages:
+    """`encode_images` for videos: one row per video, frames are tiles.
+
+    Args:
+        model: a model whose videos have an adapter.
+        pixel_values_videos: preprocessed videos, in the form that the model's processor gives them.
+        pruners, details: as for `encode_images`.
+
+    Raises:
+        InvalidInputError: see `encode_images`; a video without frames.
+        UnsupportedModelError: see `get_adapter`; the videos of this model cannot be pruned.
+    """
+    adapter = get_adapter(model).video
+    if adapter is None:
+        raise UnsupportedModelError(
+            f"videos of {type(model).__name__} cannot be pruned; `dcp-prune list --models` says which can"
+        )
+    return encode(adapter, {**details, adapter.image_inputs[0]: pixel_values_videos}, pruners)
+
+
 def prune_inputs(
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
@@ -104,8 +125,8 @@ def prune_inputs(
         text_scope: which words of the prompt ask about an image: those behind the prompt's last image (`after_image`),
             those up to the next image (`own`), the last turn of the user (`last_turn`, needs `processor`), `all`, or
             a function of `input_ids` and their mask that says which are read, `b l` -> `b l`.
-        encoded: images from `encode_images`, one per image of the prompt; `pixel_values` are then not needed. If its
-            tokens carry a `text`, text-aware pruners read that.
+        encoded: images from `encode_images`, one per image of the prompt, or videos from `encode_videos`; their pixels
+            are then not needed. If its tokens carry a `text`, text-aware pruners read that.
         keep_markers: keep what marks rows and tiles of an image in the prompt, such as Pixtral's `[IMG_BREAK]`; it goes
             with the tokens that it marks otherwise.
 

@@ -49,6 +49,9 @@ ENTRY_POINT_GROUP = "dcp_prune.adapters"
 """Group in which another package lists its adapters: name of the model's class -> "module:Class"."""
 
 
+Modality = Literal["image", "video"]
+
+
 class Reduction(Protocol):
     """A stage inside the encoder as an adapter sees it; `pruners.base.EncoderStage` is one, without an import."""
 
@@ -76,6 +79,7 @@ class EncodedImages:
             for each original token; empty for most models. `b N d`.
         separators: features of the separators of each image in the order of the prompt, zero behind its last; None
             where there are none, or all are `ModelAdapter.separator`. `b s d`.
+        modality: whether the images are videos, frames of which are then tiles.
     """
 
     tokens: VisualTokens
@@ -85,6 +89,7 @@ class EncodedImages:
     stage_tokens: tuple[int, ...] = ()
     deepstack: tuple[Float[Tensor, "b N d"], ...] = ()
     separators: Float[Tensor, "b s d"] | None = None
+    modality: Modality = "image"
 
     def select(self, images: Sequence[int] | Int[Tensor, " i"]) -> EncodedImages:
         """The images at these positions, in this order; repeat a position to ask several questions about one image."""
@@ -122,7 +127,7 @@ class ModelAdapter(ABC):
 
     architecture: ClassVar[str]
     """Name of the model's class."""
-    modality: ClassVar[Literal["image", "video"]] = "image"
+    modality: ClassVar[Modality] = "image"
     """What the model calls the things that this adapter encodes."""
     prunes_in_encoder: ClassVar[bool]
     """Whether tokens can be dropped between the layers of the encoder."""

@@ -189,6 +189,36 @@ def inspection(
     return sheet([tiles], title=title, subtitle=subtitle, footer=footer)
 
 
+def film(
+    frames: Sequence[Image.Image],
+    kept: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    *,
+    title: str,
+    subtitle: str = "",
+    footer: str = "",
+    side: int = 192,
+    columns: int = 4,
+) -> Image.Image:
+    """The kept tokens of a video, or of several pictures, side by side in the order of time.
+
+    Args:
+        frames: what the model saw.
+        kept: for each frame the raster indices of its kept patches.
+        shape: (rows, cols) of the patch grid of a frame.
+        title, subtitle, footer: lines of text, wrapped where needed.
+        side: longer side of a frame in pixels.
+        columns: frames in a row.
+    """
+    grid, total = Grid.fit(*shape, side), shape[0] * shape[1]
+    tiles = [
+        Tile(kept_tokens(frame, own, grid), (f"Frame {number}", f"{len(own)} of {total} visual tokens"))
+        for number, (frame, own) in enumerate(zip(frames, kept, strict=True), 1)
+    ]
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    return sheet(rows, title=title, subtitle=subtitle, footer=footer)
+
+
 def sheet(rows: Sequence[Sequence[Tile]], *, title: str, subtitle: str = "", footer: str = "") -> Image.Image:
     """Tiles in rows on white paper under a title.
 
