@@ -40,8 +40,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
             raise InvalidInputError(
-                f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}; of a video, image is all of it "
-                "and tile is one frame"
+                f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}; of a video, image is all of "
+                "it and tile is one frame"
             )
         if (self.num_tokens is None) == (self.keep_ratio is None):
             given = "neither" if self.num_tokens is None else "both"

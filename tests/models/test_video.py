@@ -1,8 +1,10 @@
-"""Videos whose frames go through the tower one by one: where and when kept tokens lie, [CLS] and newlines, bad input."""
+"""Videos whose frames go through the tower one by one: where and when kept tokens lie, [CLS], newlines, bad input."""
 
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from families import (
     FAMILIES,
     IMAGE_ID,
+    QWEN_VIDEOS,
     VIDEO_ID,
     Family,
     LlavaOnevision,
@@ -24,6 +27,7 @@ from families import (
 )
 from torch import Tensor
 
+from dcp_prune import DCPPruner
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.integrations.transformers import encode_images, encode_videos, prune, prune_inputs
 from dcp_prune.models import get_adapter
@@ -161,7 +165,8 @@ def test_signals_of_a_cell_are_means_over_its_patches() -> None:
     video = make_video(make_picture(0, (60, 90)), family.side)
     wanted = family.adapter.signals
     cells = family.adapter.encode({"pixel_values_videos": video[None]}, signals=wanted).tokens.encoder
-    frames = get_adapter(family.model).tower.walk(video, (), wanted, lambda name: None).encoder
+    adapter: Any = get_adapter(family.model)
+    frames = adapter.tower.walk(video, (), wanted, lambda name: None).encoder
     assert cells is not None
     for name in ("features", "cls_attention", "keys", "values"):
         patches = getattr(frames, name)
@@ -183,10 +188,9 @@ def test_sdpa_and_eager_choose_the_same_tokens(family: Any) -> None:
 
 def picture_and_video(family: Any, prompt: str) -> dict[str, Any]:
     """Both in a prompt of `<image>` and `<video>`."""
-    images = VideoLlava() if isinstance(family, VideoLlavaVideos) else LlavaOnevision()
-    images.__dict__["model"] = family.model
-    if isinstance(images, LlavaOnevision):
-        images.tile = family.tile
+    images: Any = VideoLlava() if isinstance(family, VideoLlavaVideos) else LlavaOnevision()
+    images.model = family.model
+    images.tile = family.side
     picture = images.make_inputs(["<image>"], [make_picture(1, (60, 60))])
     video = inputs_of(family, make_video(make_picture(0, (90, 90)), family.side))
     runs = {
@@ -247,6 +251,32 @@ def test_one_encoder_pass_serves_many_questions_about_videos(family: Any) -> Non
     assert torch.equal(kept.features[1, : len(own)], own)
 
 
+def test_videos_of_packed_towers_are_encoded_once_with_what_describes_them() -> None:
+    qwen = QWEN_VIDEOS[-1]
+    inputs = qwen.make_inputs([PROMPT, PROMPT], [make_picture(number, (90, 90)) for number in range(2)])
+    pruner = make_pruner("dcp", num_tokens=5)
+    pixels, grids = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    encoded = encode_videos(qwen.model, pixels, pruner, video_grid_thw=grids)
+    shared, direct = (prune_inputs(qwen.model, inputs, pruner, encoded=given).record for given in (encoded, None))
+    assert shared is not None
+    assert direct is not None
+    assert torch.equal(shared.indices, direct.indices)
+
+
+def test_videos_of_one_batch_keep_as_many_tokens_as_each_of_them_needs(family: Any) -> None:
+    still = make_video(make_picture(0, (90, 90)), family.side)[:1].expand(3, -1, -1, -1)
+    inputs = inputs_of(family, still, make_video(make_picture(1, (90, 90)), family.side))
+    pruner = DCPPruner(num_tokens=(2, 24), max_distance=0.3)
+    short = prune_inputs(family.model, inputs, pruner)
+    assert short.record is not None
+    (_, few), (_, many) = short.record.tokens_per_image
+    assert 2 <= few < many <= 24
+    with torch.no_grad():
+        together = family.model(**short.inputs).logits[:, -1]
+        alone = family.model(**prune_inputs(family.model, inputs_of(family, still), pruner).inputs).logits[:, -1]
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_a_video_of_a_later_turn_is_pruned_on_the_cache(family: Any) -> None:
     model = copy.deepcopy(family.model)
     first, second = (make_video(make_picture(number, (60, 90)), family.side) for number in range(2))
@@ -263,6 +293,23 @@ def test_a_video_of_a_later_turn_is_pruned_on_the_cache(family: Any) -> None:
         assert len(handle.last.indices) == 1, "the first one is in the cache"
         scratch = model.generate(**both, max_new_tokens=2)
     assert torch.equal(cached, scratch)
+
+
+def test_the_pages_python_runs(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "video.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {
+        "model": copy.deepcopy(family.model),
+        "processor": None,
+        "inputs": inputs_of(family, make_video(make_picture(0, (90, 90)), family.side)),
+        "frames": [make_picture(number, (family.side, family.side)) for number in range(3)],
+    }
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    assert (tmp_path / "film.png").stat().st_size > 0
+    assert torch.equal(names["short"].record.indices, names["record"].indices)
 
 
 def test_a_video_of_one_frame_is_a_video(family: Any) -> None:
@@ -288,7 +335,7 @@ def test_a_video_without_frames_is_refused(family: Any) -> None:
 )
 def test_pixels_that_are_no_videos_of_one_size_are_refused(family: Any, pixels: Any) -> None:
     inputs = inputs_of(family, make_video(make_picture(0, (60, 90)), family.side))
-    with pytest.raises(InvalidInputError, match=r"as videos x frames x channels x rows x columns, all of the same size"):
+    with pytest.raises(InvalidInputError, match=r"as videos x frames x channels x rows x columns, all of the same"):
         prune_inputs(family.model, inputs | {"pixel_values_videos": pixels}, make_pruner("random", num_tokens=4))
 
 
@@ -300,7 +347,7 @@ def test_videos_without_placeholders_and_placeholders_without_videos_are_refused
         prune_inputs(family.model, inputs | {"input_ids": ids.masked_fill(ids == VIDEO_ID, 9)}, pruner)
     with pytest.raises(InvalidInputError, match=r"holds video placeholders, but no video came with it; pass pixel_v"):
         prune_inputs(family.model, {name: inputs[name] for name in ("input_ids", "attention_mask")}, pruner)
-    with pytest.raises(InvalidInputError, match=r"video placeholders, no multiple of the \d+ visual tokens of each vid"):
+    with pytest.raises(InvalidInputError, match=r"video placeholders, no multiple of the \d+ visual tokens of each"):
         prune_inputs(family.model, inputs | {"input_ids": ids[:, :-6], "attention_mask": ids[:, :-6] > 0}, pruner)
 
 

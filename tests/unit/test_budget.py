@@ -26,7 +26,7 @@ from dcp_prune import Budget, InvalidInputError
         ({"keep_ratio": float("nan")}, r"in \(0, 1\]"),
         ({"keep_ratio": "half"}, r"in \(0, 1\]"),
         ({"keep_ratio": True}, r"in \(0, 1\]"),
-        ({"num_tokens": 4, "scope": "frame"}, "scope must be one of image, tile, got 'frame'; of a video, image is all"),
+        ({"num_tokens": 4, "scope": "frame"}, "scope must be one of image, tile, got 'frame'; of a video, image is"),
     ],
 )
 def test_a_senseless_budget_is_refused_in_one_sentence(given_, says):

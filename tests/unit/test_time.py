@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_dcp import D, N, SIDE, on_thing, scene
+from test_dcp import SIDE, D, N, on_thing, scene
 
 from dcp_prune import DCPPruner, InvalidInputError, UniformPruner, VisualTokens
 from dcp_prune.functional.graph import context_to_anchor_graph
