@@ -1,6 +1,6 @@
 """What the unpruned language model makes of 2880 visual tokens, and of the overview and the tiles by themselves.
 
-    python tools/measure_tile_views.py --limit 406 --json results/tile-views.json
+    python tools/measure_tile_views.py --limit 140 --json results/tile-views.json
 
 On held-out crowded pictures, with the positions that the model was trained on and with those that `testbed.tiles` sets.
 """
@@ -50,7 +50,7 @@ VIEWS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=406, help="questions; each picture has 14")
+    parser.add_argument("--limit", type=int, default=140, help="questions; each picture has 14")
     parser.add_argument("--json", type=Path, required=True, help="where the result goes")
     arguments = parser.parse_args()
     path = check_writable(arguments.json)

@@ -50,4 +50,4 @@ for checkpoint in weak aligned; do
     extra=(--tiles)
     sweep tiles $checkpoint crowded "$(fewer 406)" 80,40,20,0 none dcp dcp_progressive "${pruners[@]}"
 done
-.venv/bin/python tools/measure_tile_views.py --limit "$(fewer 406)" --json "$results/tile-views.json"
+.venv/bin/python tools/measure_tile_views.py --limit "$(fewer 140)" --json "$results/tile-views.json"

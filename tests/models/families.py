@@ -848,13 +848,11 @@ class OnevisionVideos(LlavaOnevision):
         return video_inputs(prompts, videos, [self.length(len(video)) for video in videos])
 
     def own_features(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """All frames in one pass, as in ours: passes of another size round differently. The newline comes last."""
-        videos = inputs["pixel_values_videos"]
+        features = self.model.model.get_video_features
         with torch.no_grad():
-            frames = torch.cat(list(videos))[None]
-            packed = self.model.model.get_video_features(pixel_values_videos=frames).pooler_output[0]
-        split = packed[:-1].split([9 * len(video) for video in videos])
-        return [torch.cat((video, packed[-1:])) for video in split]
+            return [
+                features(pixel_values_videos=video[None]).pooler_output[0] for video in inputs["pixel_values_videos"]
+            ]
 
 
 def sharpen(tower: Any) -> None:

@@ -49,6 +49,19 @@ def rows(text: str) -> dict[str, list[str]]:
     return {row[0].strip(" `*"): [field.strip() for field in row[1:]] for row in found}
 
 
+def test_accuracy_counts_answers_and_needs_no_unpruned_model(sweep):
+    half = np.tile([1.0, 0.0], 120)
+    made = sweep().add("dcp", 8, half).add("dcp", 16, ONES).add("random", 8, 0 * ONES)
+    text, files = part(made.write(), "accuracy")
+    assert [name for name in rows(text) if name in ("dcp", "random")] == ["dcp", "random"]
+    assert [field.split()[0] for field in rows(text)["dcp"]] == ["100.0", "50.0"]
+    assert rows(text)["random"][0] == ""
+    assert "The model itself" not in text
+    text, _ = part(made.add("none", 576, ONES).add("none", 0, half).write(), "accuracy")
+    assert re.search(r"all tokens 100\.0 \[.*\]; no image 50\.0 \[", text)
+    assert "tables/accuracy-weak-crowded.md" in files
+
+
 def test_adaptive_budgets_stand_beside_fixed_ones_of_the_same_mean(sweep):
     made = sweep().add("none", 576, ONES).add("none", 0, 0 * ONES)
     rng = np.random.default_rng(0)

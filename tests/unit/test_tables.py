@@ -58,7 +58,10 @@ def test_the_table_of_views_has_a_row_for_each_base_of_the_positions():
         for theta in (1e4, 4e5)
         for view, tokens, right in (("none", 0, 0.25), ("overview", 576, 0.5), ("none", 2880, theta / 1e6))
     ]
-    assert views({"results": rows}).splitlines() == [
+    asked = {"questions": 140, "images": 10, "split": "held-out", "difficulty": "crowded"}
+    drawn = views({"results": rows, "questions": asked}).splitlines()
+    assert "140 held-out questions about 10 crowded pictures" in drawn[-1]
+    assert drawn[:-2] == [
         "| checkpoint | base of positions | no image: 0 | overview: 576 | overview and tiles: 2,880 |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| `weak` | 10,000 | 25.0 [0.0, 100.0] | 50.0 [0.0, 100.0] | 1.0 [0.0, 100.0] |",

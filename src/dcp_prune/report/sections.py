@@ -144,6 +144,11 @@ def summary(analyses: Sequence[Analysis], out: Output) -> str:
     return _each(analyses, lambda analysis: _summary(analysis, out))
 
 
+def absolute(analyses: Sequence[Analysis], out: Output) -> str:
+    """Accuracy over all questions, budgets side by side."""
+    return _each(analyses, lambda analysis: _absolute(analysis, out))
+
+
 def leads(analyses: Sequence[Analysis], out: Output) -> str:
     """Paired leads of DCP-Prune over each rival."""
     return _each(analyses, lambda analysis: _leads(analysis, out))
@@ -272,6 +277,27 @@ def _summary(analysis: Analysis, out: Output) -> str:
         out.table(f"summary-{cell.slug}", table),
         "<sub>Share of the unpruned model's score, mean over the tasks, with 95 % intervals over images. Bold: first, "
         f"with a lead over the second that excludes zero. {TIE['markdown']}: first, or not surely behind it.</sub>",
+    )
+
+
+def _absolute(analysis: Analysis, out: Output) -> str:
+    cell, scores = analysis.cell, analysis.scores
+    if not cell.contenders:
+        raise GapError("no pruner was measured as it comes")
+
+    def accuracy(place: int | None) -> Interval:
+        return Interval(math.nan) if place is None else scores.accuracy(place).scaled(100)
+
+    found = {name: [accuracy(cell.place(name, budget)) for budget in cell.budgets] for name in cell.contenders}
+    order = sorted(found, key=lambda name: [-np.nan_to_num(each.value) for each in reversed(found[name])])
+    table = Table(["accuracy, %", *(f"{budget} tokens" for budget in cell.budgets)])
+    table.add("", [[f"`{name}`", *map(Number, found[name])] for name in order])
+    bounds = (("all tokens", cell.full), ("no image", cell.floor))
+    known = [f"{name} {Number(accuracy(place)).markdown()}" for name, place in bounds if place is not None]
+    return _paragraphs(
+        out.table(f"accuracy-{cell.slug}", table),
+        "<sub>Share of right answers over all questions with 95 % intervals that know that questions about one image "
+        f"belong together.{' The model itself: ' + '; '.join(known) + '.' if known else ''}</sub>",
     )
 
 
@@ -541,6 +567,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Analysis], Output], str]]] = {
     "measured": ("What was measured", measured),
     "aims": ("What we set out to show", aims),
     "summary": ("Relative scores", summary),
+    "accuracy": ("Accuracy", absolute),
     "tokens": ("Accuracy and kappa against kept tokens", token_figures),
     "tasks": ("Scores per task", quality),
     "radar": ("Relative scores per task", radars),

@@ -88,7 +88,10 @@ def views(result: Result) -> str:
     parts = list(dict.fromkeys(part for own in rows.values() for part in own))
     titles = [f"{names.get((view, tokens > 0), view)}: {tokens:,}" for view, tokens in parts]
     body = [[f"`{name}`", f"{theta:,.0f}", *(own[part] for part in parts)] for (name, theta), own in rows.items()]
-    return _markdown(["checkpoint", "base of positions", *titles], body)
+    asked = result["questions"]
+    about = f"{asked['questions']:,} {asked['split']} questions about {asked['images']} {asked['difficulty']} pictures"
+    table = _markdown(["checkpoint", "base of positions", *titles], body)
+    return f"{table}\n\n<sub>Accuracy in per cent with 95 % intervals; {about}.</sub>"
 
 
 def vllm(result: Result) -> str:
