@@ -191,7 +191,7 @@ def test_an_image_that_fits_the_budget_keeps_its_markers_beside_one_that_does_no
     last = (inputs["input_ids"][0] == IMAGE_ID).nonzero()[len(own[0]) - 1]
     assert torch.equal(short.inputs["input_ids"][0, : last + 1], inputs["input_ids"][0, : last + 1])
     assert short.features is not None
-    assert torch.equal(short.features[0], own[0])
+    torch.testing.assert_close(short.features[0], own[0], rtol=1e-5, atol=1e-4)
     assert short.record is not None
     assert [after for _, after in short.record.tokens_per_image] == [len(own[0])] * 2
 

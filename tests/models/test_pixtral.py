@@ -169,7 +169,7 @@ def test_an_image_that_fits_the_budget_keeps_its_breaks_beside_one_that_does_not
     expected = expand_placeholders([TWO], [family.span(side, side), [IMAGE_ID] * budget + [family.end_id]])
     assert torch.equal(short.inputs["input_ids"], expected["input_ids"])
     assert short.features is not None
-    assert torch.equal(short.features[0], family.own_features(inputs)[0])
+    torch.testing.assert_close(short.features[0], family.own_features(inputs)[0], rtol=1e-5, atol=1e-4)
 
 
 def test_one_token_per_image_is_enough_for_an_answer(family: Pixtral) -> None:

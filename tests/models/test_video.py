@@ -110,7 +110,7 @@ def test_a_video_that_the_budget_keeps_whole_is_as_the_model_makes_it_beside_one
     assert pruned.record is not None
     assert pruned.features is not None
     assert pruned.record.tokens_per_image == [(family.length(2), family.length(2)), (family.length(3), patches[0])]
-    assert torch.equal(pruned.features[0], family.own_features(inputs)[0])
+    torch.testing.assert_close(pruned.features[0], family.own_features(inputs)[0], rtol=1e-5, atol=1e-4)
     assert -1 in pruned.record.tiles(0)
     assert -1 in pruned.record.patches(0)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_one_encoder_pass_serves_many_questions_about_videos(family: Any) -> Non
     kept = prune_inputs(family.model, swapped, whole, encoded=encoded.select([1, 0]))
     assert kept.features is not None
     own = family.own_features({"pixel_values_videos": videos[:1]})[0]
-    assert torch.equal(kept.features[1, : len(own)], own)
+    torch.testing.assert_close(kept.features[1, : len(own)], own, rtol=1e-5, atol=1e-4)
 
 
 def test_videos_of_packed_towers_are_encoded_once_with_what_describes_them() -> None:
