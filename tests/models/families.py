@@ -879,5 +879,7 @@ FAMILIES: tuple[Family, ...] = (
     InternVL(),
     VideoLlavaVideos(),
     OnevisionVideos(),
+    Qwen2VLVideos(),
+    Qwen25VLVideos(),
+    Qwen3VLVideos(),
 )
-QWEN_VIDEOS = (Qwen2VLVideos(), Qwen25VLVideos(), Qwen3VLVideos())

@@ -12,7 +12,6 @@ from families import (
     FAMILIES,
     IMAGE_ID,
     PATCH,
-    QWEN_VIDEOS,
     SIZES,
     VIDEO_ID,
     OddOnesPruner,
@@ -37,7 +36,7 @@ from dcp_prune.pruners.base import EncoderStage, SelectionPruner
 from dcp_prune.registry import make_pruner
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
-QWEN = [family for family in (*FAMILIES, *QWEN_VIDEOS) if isinstance(family, Qwen2VL)]
+QWEN = [family for family in FAMILIES if isinstance(family, Qwen2VL)]
 IMAGES = [family for family in QWEN if family.modality == "image"]
 VIDEOS = [family for family in QWEN if isinstance(family, QwenVideos)]
 PROMPT = "USER: <image> what is this ASSISTANT:"

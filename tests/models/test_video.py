@@ -12,7 +12,6 @@ import torch
 from families import (
     FAMILIES,
     IMAGE_ID,
-    QWEN_VIDEOS,
     VIDEO_ID,
     Family,
     LlavaOnevision,
@@ -252,7 +251,7 @@ def test_one_encoder_pass_serves_many_questions_about_videos(family: Any) -> Non
 
 
 def test_videos_of_packed_towers_are_encoded_once_with_what_describes_them() -> None:
-    qwen = QWEN_VIDEOS[-1]
+    (qwen,) = (family for family in FAMILIES if family.name == "qwen3_vl_videos")
     inputs = qwen.make_inputs([PROMPT, PROMPT], [make_picture(number, (90, 90)) for number in range(2)])
     pruner = make_pruner("dcp", num_tokens=5)
     pixels, grids = inputs["pixel_values_videos"], inputs["video_grid_thw"]
