@@ -115,6 +115,10 @@ class EncodedImages:
         )
 
 
+WITHOUT_CLS = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
+"""Signals of an encoder without [CLS]; attention that a token receives takes the place of what [CLS] pays to it."""
+
+
 class ModelAdapter(ABC):
     """All that an integration has to know about the images of one architecture; stateless, built anew for every call.
 
@@ -131,15 +135,18 @@ class ModelAdapter(ABC):
     """What the model calls the things that this adapter encodes."""
     prunes_in_encoder: ClassVar[bool]
     """Whether tokens can be dropped between the layers of the encoder."""
-    signals: ClassVar[frozenset[Signal]]
+    signals: ClassVar[frozenset[Signal]] = WITHOUT_CLS
     """What the encoder can be asked for."""
     why_not_in_encoder: ClassVar[str] = ""
     """What stands in the way, as a clause, where there is more to say."""
-    saliency: ClassVar[str]
+    saliency: ClassVar[str] = "all tokens"
     """Whose attention `Signal.CLS_ATTENTION` is: `[CLS]`, or `all tokens` where there is none."""
     cuts_tiles: ClassVar[bool] = False
     """Whether an image is encoded as several tiles."""
-    absent: ClassVar[Mapping[Signal, str]] = {}
+    absent: ClassVar[Mapping[Signal, str]] = {
+        Signal.CLIP_SIMILARITY: "it takes CLIP's text tower and projections, which such checkpoints do not hold",
+        Signal.CLS_VALUE_AFFINITY: "its encoder has no [CLS] token",
+    }
     """Why a signal is not among `signals`, as a clause, where there is more to say."""
     image_inputs: ClassVar[tuple[str, ...]]
     """Model inputs that describe images and disappear once the images are encoded; the first one holds the pixels."""
@@ -158,6 +165,8 @@ class ModelAdapter(ABC):
     video_adapter: ClassVar[str | None] = None
     """Name of the class, in the module of this one, that prunes the videos of the same model; None if nothing does."""
     model: Any
+    tower: Any
+    """What walks the encoder, and so knows its `num_layers`."""
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
@@ -174,14 +183,14 @@ class ModelAdapter(ABC):
         return None if found is None else found(self.model)
 
     @property
-    @abstractmethod
     def image_token_id(self) -> int:
         """Id of the placeholder that stands for one visual token in the prompt."""
+        return getattr(self.model.config, f"{self.modality}_token_id")
 
     @property
-    @abstractmethod
     def num_layers(self) -> int:
         """Encoder layers up to and including the one whose output becomes the features."""
+        return self.tower.num_layers
 
     @abstractmethod
     def grid(self, pixel_values: Tensor | None = None) -> tuple[int, int]:

@@ -29,10 +29,6 @@ class FramesAdapter(LlavaAdapter):
     image_inputs = ("pixel_values_videos", "vision_feature_layer", "vision_feature_select_strategy")
     image_details = ()
 
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.video_token_id
-
     def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
         videos = images["pixel_values_videos"]
         shapes = [tuple(video.shape) for video in videos]

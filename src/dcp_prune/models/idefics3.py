@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,13 +31,7 @@ class Idefics3Adapter(ModelAdapter):
     architecture = "Idefics3ForConditionalGeneration"
     prunes_in_encoder = False
     why_not_in_encoder = ", whose connector merges whole cells of patches"
-    saliency = "all tokens"
     cuts_tiles = True
-    signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
-    absent: ClassVar[Mapping[Signal, str]] = {
-        Signal.CLIP_SIMILARITY: "it takes CLIP's two towers, and this one is SigLIP",
-        Signal.CLS_VALUE_AFFINITY: "its encoder has no [CLS] token",
-    }
     image_inputs = ("pixel_values", "pixel_attention_mask")
     image_details = ("pixel_attention_mask",)
     markers = True
@@ -48,14 +42,6 @@ class Idefics3Adapter(ModelAdapter):
         self.tower = Tower(tower, len(tower.encoder.layers))
         self.cell = model.config.scale_factor
         """Side of a cell in patches."""
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
-    def num_layers(self) -> int:
-        return self.tower.num_layers
 
     def grid(self, pixel_values: Float[Tensor, "b t c y x"] | None = None) -> tuple[int, int]:
         rows, cols = self.tower.grid(pixel_values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
-from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
+from dcp_prune.models.base import WITHOUT_CLS, EncodedImages, ModelAdapter, Reduction
 from dcp_prune.models.layout import ImageLayout, plain_layout, stacked_layout, tile_rows
 from dcp_prune.models.outputs import as_one_tensor
 from dcp_prune.models.tower import Tower, feature_layers
@@ -56,18 +56,7 @@ class InternVLAdapter(ModelAdapter):
     why_not_in_encoder = ", whose projector merges whole cells of patches"
     saliency = "[CLS]"
     cuts_tiles = True
-    signals = frozenset(
-        {
-            Signal.ENCODER_FEATURES,
-            Signal.CLS_ATTENTION,
-            Signal.KEYS,
-            Signal.VALUES,
-            Signal.CLS_VALUE_AFFINITY,
-        }
-    )
-    absent: ClassVar[Mapping[Signal, str]] = {
-        Signal.CLIP_SIMILARITY: "it takes CLIP's two towers, and this one is InternViT"
-    }
+    signals = WITHOUT_CLS | {Signal.CLS_VALUE_AFFINITY}
     image_inputs = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
 
     def __init__(self, model: Any) -> None:
@@ -81,14 +70,6 @@ class InternVLAdapter(ModelAdapter):
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} passes on [CLS], which is "
                 "part of no cell; set model.config.vision_feature_select_strategy to 'default'"
             )
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
-    def num_layers(self) -> int:
-        return self.tower.num_layers
 
     def grid(self, pixel_values: Float[Tensor, "t c y x"] | None = None) -> tuple[int, int]:
         rows, cols = self.tower.grid(pixel_values)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dcp_prune.errors import UnsupportedModelError
-from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
+from dcp_prune.models.base import WITHOUT_CLS, EncodedImages, ModelAdapter, Reduction
 from dcp_prune.models.layout import ImageLayout, plain_layout
 from dcp_prune.models.tower import Tower, Walk, feature_layers
 from dcp_prune.tokens import Signal
@@ -23,12 +23,7 @@ class LlavaAdapter(ModelAdapter):
     architecture = "LlavaForConditionalGeneration"
     prunes_in_encoder = True
     saliency = "[CLS]"
-    signals = frozenset(
-        {Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES, Signal.CLS_VALUE_AFFINITY}
-    )
-    absent: ClassVar[Mapping[Signal, str]] = {
-        Signal.CLIP_SIMILARITY: "it takes CLIP's text tower and projections, which LLaVA checkpoints do not hold"
-    }
+    signals = WITHOUT_CLS | {Signal.CLS_VALUE_AFFINITY}
     tower_name: ClassVar[str] = "vision_tower"
     strategy: ClassVar[str] = "default"
     """`vision_feature_select_strategy` under which every feature is a patch."""
@@ -61,14 +56,6 @@ class LlavaAdapter(ModelAdapter):
                 f"the vision tower {type(tower).__name__} is no CLIP encoder with a [CLS] token, and no "
                 f"other tower of {self.architecture} that can be pruned so far"
             )
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
-    def num_layers(self) -> int:
-        return self.tower.num_layers
 
     def grid(self, pixel_values: Float[Tensor, "i c y x"] | None = None) -> tuple[int, int]:
         return self.tower.grid(pixel_values)

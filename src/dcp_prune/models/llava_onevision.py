@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
-from dcp_prune.models.base import EncodedImages, Reduction
+from dcp_prune.models.base import WITHOUT_CLS, EncodedImages, ModelAdapter, Reduction
 from dcp_prune.models.frames import FramesAdapter
 from dcp_prune.models.layout import ImageLayout, frames_layout, tile_rows, with_separators
 from dcp_prune.models.llava_next import LlavaNextAdapter
@@ -33,12 +33,8 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
 
     architecture = "LlavaOnevisionForConditionalGeneration"
     strategy = "full"
-    saliency = "all tokens"
-    signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
-    absent: ClassVar[Mapping[Signal, str]] = {
-        Signal.CLIP_SIMILARITY: "it takes CLIP's two towers, and this one is SigLIP",
-        Signal.CLS_VALUE_AFFINITY: "its encoder has no [CLS] token",
-    }
+    saliency = ModelAdapter.saliency
+    signals = WITHOUT_CLS
     image_inputs = (*LlavaNextAdapter.image_inputs, "vision_aspect_ratio", "batch_num_images")
     image_details = ("image_sizes", "batch_num_images")
     video_adapter = "LlavaOnevisionVideoAdapter"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,12 +23,6 @@ class PaliGemmaAdapter(ModelAdapter):
 
     architecture = "PaliGemmaForConditionalGeneration"
     prunes_in_encoder = True
-    saliency = "all tokens"
-    signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
-    absent: ClassVar[Mapping[Signal, str]] = {
-        Signal.CLIP_SIMILARITY: "it takes CLIP's two towers, and this one is SigLIP",
-        Signal.CLS_VALUE_AFFINITY: "its encoder has no [CLS] token",
-    }
     image_inputs = ("pixel_values",)
     first_position = 1
 
@@ -36,14 +30,6 @@ class PaliGemmaAdapter(ModelAdapter):
         self.model = model
         tower = model.model.vision_tower
         self.tower = Tower(tower, len(tower.encoder.layers))
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
-    def num_layers(self) -> int:
-        return self.tower.num_layers
 
     def grid(self, pixel_values: Float[Tensor, "i c y x"] | None = None) -> tuple[int, int]:
         return self.tower.grid(pixel_values)

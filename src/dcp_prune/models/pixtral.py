@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -110,12 +110,6 @@ class PixtralAdapter(ModelAdapter):
     architecture = "LlavaForConditionalGeneration(pixtral)"
     prunes_in_encoder = False
     why_not_in_encoder = ", which sees all images as one sequence under one mask"
-    saliency = "all tokens"
-    signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
-    absent: ClassVar[Mapping[Signal, str]] = {
-        Signal.CLIP_SIMILARITY: "it takes CLIP's two towers, and this one is Pixtral's",
-        Signal.CLS_VALUE_AFFINITY: "its encoder has no [CLS] token",
-    }
     image_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
     image_details = ("image_sizes",)
     markers = True
@@ -133,14 +127,6 @@ class PixtralAdapter(ModelAdapter):
                 f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} drops the first patch of "
                 "an encoder without [CLS]; set model.config.vision_feature_select_strategy to 'full'"
             )
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
-    def num_layers(self) -> int:
-        return self.tower.num_layers
 
     def grid(self, pixel_values: Float[Tensor, "i c y x"] | None = None) -> tuple[int, int]:
         size = (self.tower.module.config.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]

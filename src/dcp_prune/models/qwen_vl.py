@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,12 +28,6 @@ class Qwen2VLAdapter(ModelAdapter):
 
     architecture = "Qwen2VLForConditionalGeneration"
     prunes_in_encoder = True
-    saliency = "all tokens"
-    signals = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.KEYS, Signal.VALUES})
-    absent: ClassVar[Mapping[Signal, str]] = {
-        Signal.CLIP_SIMILARITY: "it takes CLIP's two towers, and this one is none of them",
-        Signal.CLS_VALUE_AFFINITY: "its encoder has no [CLS] token",
-    }
     image_inputs = ("pixel_values", "image_grid_thw")
     image_details = ("image_grid_thw",)
     video_adapter = "Qwen2VLVideoAdapter"
@@ -41,14 +35,6 @@ class Qwen2VLAdapter(ModelAdapter):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.tower = PackedTower(model.model.visual)
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
-    def num_layers(self) -> int:
-        return self.tower.num_layers
 
     def grid(self, pixel_values: Tensor | None = None) -> tuple[int, int]:
         return 16, 16
@@ -197,10 +183,6 @@ class _Videos:
     image_details: tuple[str, ...] = ("video_grid_thw",)
     video_adapter = None
     model: Any
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.video_token_id
 
 
 class Qwen2VLVideoAdapter(_Videos, Qwen2VLAdapter):
