@@ -13,7 +13,7 @@ CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-lmms-eval test-vllm soak bench-vllm lint format bench sweeps report train-testbed
+.PHONY: help demo test test-newest test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format bench sweeps report train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ test-vllm: $(VLLM)/.installed ## the vLLM plug-in, in an environment of its own 
 
 soak: $(VLLM)/.installed ## 10,000 mixed requests against one vLLM server, at most half an hour (ARGS="--requests 200" tries it out)
 	PYTHONPATH=tests:tests/vllm_plugin $(VLLM)/bin/python tools/soak.py $(ARGS)
+
+compare-vllm: $(VLLM)/.installed ## vLLM with the plug-in against transformers on 500 held-out questions, answer by answer (a minute)
+	PYTHONPATH=tests:tests/vllm_plugin $(VLLM)/bin/python tools/compare_vllm_answers.py $(ARGS)
 
 bench-vllm: $(VLLM)/.installed ## vLLM as it is against vLLM with the plug-in, in turns (ARGS="--models testbed" leaves out the large model)
 	PYTHONPATH=tests:tests/vllm_plugin $(VLLM)/bin/python tools/bench_vllm.py $(ARGS)

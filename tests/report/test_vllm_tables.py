@@ -46,3 +46,25 @@ def test_a_soak_says_which_claims_do_not_hold():
     assert "| plain | 3 | 2 | 0.50 s |  |" in drawn
     assert "3 of 10 planned requests in 1.5 minutes" in drawn
     assert "no crash: yes; memory flat: **no**" in drawn
+
+
+def test_answers_that_differ_are_listed_below_the_accuracies():
+    estimate = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    differing = {"question": "7/03", "text": "is it ?", "right": "yes", "vllm": "no", "transformers": "yes"}
+    row = {
+        "pruner": "none",
+        "num_tokens": 576,
+        "questions": 500,
+        "equal": 500,
+        "accuracy": {"vllm": estimate, "transformers": estimate},
+        "difference": {"mean": 0.0, "low": -0.01, "high": 0.01},
+        "differing": [],
+    }
+    asked = {"questions": 500, "split": "held-out", "images": 36, "difficulty": "crowded"}
+    drawn = TABLES["vllm-answers"]({"results": [row], "questions": asked})
+    assert "| all tokens | 576 | 500 of 500 | 50.0 | 50.0 | +0.0 [-1.0, +1.0] |" in drawn
+    assert "500 held-out questions about 36 crowded pictures" in drawn
+    assert "is it ?" not in drawn
+    other = {**row, "pruner": "dcp", "equal": 499, "differing": [{**differing, "logprob_gap": 2e-5}]}
+    drawn = TABLES["vllm-answers"]({"results": [row, other], "questions": asked})
+    assert "| `dcp` | 7/03 | is it ? | yes | no | yes | 2.0e-05 in logprob |" in drawn

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from vllm import LLM, SamplingParams
 
+from dcp_prune.eval.runner import Asked
+from dcp_prune.eval.testbed import TestbedQuestions
 from dcp_prune.integrations.transformers import prune
 from dcp_prune.integrations.vllm.settings import Settings
 
@@ -127,6 +129,15 @@ class Reference:
             kept = handle.last.prompt_after
         logprobs = torch.stack([step[0].log_softmax(-1) for step in out.logits])
         return Answer(kept, 0, tuple(out.sequences[0, -steps:].tolist()), logprobs)
+
+
+def answers_to(engine: Engine, source: TestbedQuestions) -> tuple[list[tuple[Any, Asked]], list[Answer]]:
+    """The testbed's questions, which come in together, and the engine's answers of one word."""
+    scenes = [source.scene(number) for number in range(source.images)]
+    asked = [each for number, scene in enumerate(scenes) for each in source.asked(scene, number, number, wrong=False)]
+    images = [Image.fromarray(scene.image) for scene in scenes]
+    questions = [Question(each.prompt, (images[each.image],)) for _, each in asked]
+    return asked, engine.ask(*questions, steps=1)
 
 
 def difference(first: Answer, second: Answer) -> float:

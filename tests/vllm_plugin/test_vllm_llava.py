@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, Question, Reference, difference
+from engines import Engine, Question, Reference, answers_to, difference
 from PIL import Image
 
+from dcp_prune.eval.methods import plan
+from dcp_prune.eval.testbed import TestbedQuestions, evaluate
 from dcp_prune.integrations.vllm import processor as vllm_processor
 from dcp_prune.registry import make_pruner
 from dcp_prune.testbed.language import prompt
-from dcp_prune.testbed.seeds import TUNING
+from dcp_prune.testbed.seeds import HELD_OUT, TUNING
 from dcp_prune.testbed.world import make_scene
 
 N, K = 576, 16
@@ -54,6 +56,16 @@ def test_logprobs_equal_those_of_transformers_with_the_same_pruner(
     expected = reference.ask(question, make_pruner("dcp", num_tokens=K))
     assert answer.prompt_tokens == expected.prompt_tokens
     assert difference(answer, expected) < CLOSE
+
+
+def test_held_out_questions_are_answered_as_in_transformers(engine: Engine, reference: Reference) -> None:
+    source = TestbedQuestions(HELD_OUT, "crowded", limit=20)
+    _, answers = answers_to(engine, source)
+    expected = evaluate(
+        reference.model, reference.processor, plan(["dcp"], [K]), HELD_OUT, source.questions, difficulty="crowded"
+    )
+    assert [answer.ids[0] for answer in answers] == expected.answers[0].words.tolist()
+    assert engine.encoded_images == source.images
 
 
 def test_two_questions_about_one_image_get_the_answers_they_get_alone(engine: Engine, reference: Reference) -> None:

@@ -114,6 +114,40 @@ def vllm(result: Result) -> str:
     return _markdown(header, body)
 
 
+def vllm_answers(result: Result) -> str:
+    """Accuracy through vLLM and through transformers, and every question that the two answer otherwise."""
+    header = ["pruner", "visual tokens", "equal answers", "accuracy in vLLM", "in transformers", "difference"]
+    body, differing = [], []
+    for row in result["results"]:
+        difference = row["difference"]
+        low, high = (100 * difference[bound] for bound in ("low", "high"))
+        body.append(
+            [
+                _name(row),
+                str(row["num_tokens"]),
+                f"{row['equal']:,} of {row['questions']:,}",
+                *(f"{100 * row['accuracy'][engine]['mean']:.1f}" for engine in ("vllm", "transformers")),
+                f"{100 * difference['mean']:+.1f} [{low:+.1f}, {high:+.1f}]",
+            ]
+        )
+        differing += [[_name(row), *_other_answers(each)] for each in row["differing"]]
+    asked = result["questions"]
+    about = f"{asked['questions']:,} {asked['split']} questions about {asked['images']} {asked['difficulty']} pictures"
+    parts = [
+        _markdown(header, body),
+        f"<sub>Accuracy in per cent, paired difference with its 95 % interval; {about}.</sub>",
+    ]
+    if differing:
+        titles = ["pruner", "question", "", "right", "vLLM", "transformers", "lead of vLLM's answer there"]
+        parts.append(_markdown(titles, differing))
+    return "\n\n".join(parts)
+
+
+def _other_answers(row: Result) -> list[str]:
+    lead = f"{row['logprob_gap']:.1e} in logprob"
+    return [row["question"], row["text"], row["right"], row["vllm"], row["transformers"], lead]
+
+
 def soak(result: Result) -> str:
     """What was asked of one server for long, whether the answers were right, and what became of its memory."""
     body = [
@@ -146,6 +180,7 @@ TABLES: Mapping[str, Callable[[Result], str]] = {
     "soak": soak,
     "views": views,
     "vllm": vllm,
+    "vllm-answers": vllm_answers,
 }
 """Name in a document's mark -> what draws the table."""
 
