@@ -4,10 +4,11 @@
 
 Two servers stand side by side and are asked one after the other: the stock one, and one with the plug-in, which is
 asked with a budget of all tokens, where nothing is pruned, and with 16. Every request has a picture that no server has
-seen, and no cache is on. Each round asks all of them in a new order about the same picture; ratios are taken within a
-round, and what is reported are medians over the rounds. Requests per second are those of whole blocks of requests; the
-large model answers single requests only. Needs the environment of `make test-vllm`, whose folder of tests has to be on
-PYTHONPATH.
+seen, and no cache is on. Each round asks all of them in a new order about the same picture, and the stock server
+without a picture, which tells what a request costs that no pruning can spare. Ratios are taken within a round; what is
+reported are medians over the rounds, with 95 % bootstrap intervals of the ratios. Requests per second are those of
+whole blocks of requests; the large model answers single requests only. Needs the environment of `make test-vllm`, whose
+folder of tests has to be on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ class Arm:
     name: str
     server: Server
     num_tokens: int | None
+    shows_picture: bool = True
 
     def body(self, image: str, **options: Any) -> dict[str, Any]:
-        return chat("is there a cat in the picture ?", image, num_tokens=self.num_tokens, **options)
+        images = [image] if self.shows_picture else []
+        return chat("is there a cat in the picture ?", *images, num_tokens=self.num_tokens, **options)
 
 
 def make_large(folder: Path) -> Path:
@@ -108,19 +111,16 @@ def pictures() -> Iterator[str]:
 
 def first_token(arm: Arm, image: str) -> float:
     """Seconds from sending a request to its first new token."""
-    start = time.perf_counter()
+    start, seconds = time.perf_counter(), None
     with arm.server.client.stream("POST", "/v1/chat/completions", json=arm.body(image, stream=True)) as response:
         response.raise_for_status()
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
+        for line in response.iter_lines():  # to its end, so that the next request does not meet the rest of this one
+            if seconds is None and line.startswith("data: {"):
                 choices = json.loads(line.removeprefix("data: "))["choices"]
                 if choices and choices[0]["delta"].get("content"):
                     seconds = time.perf_counter() - start
-                    break
-        else:
-            raise RuntimeError("an answer without a token")
-        for _ in response.iter_lines():  # to its end, so that the next request does not meet the rest of this one
-            pass
+    if seconds is None:
+        raise RuntimeError("an answer without a token")
     return seconds
 
 
@@ -141,20 +141,23 @@ def seconds_per_request(concurrency: int, images: list[str]) -> Callable[[Arm], 
 
 
 def interleaved(arms: list[Arm], rounds: int, measure: Callable[[Arm], float], order: random.Random) -> dict[str, Any]:
-    """Arm -> medians of the measure and of its ratio to the first arm in the same round."""
+    """Arm -> medians of the measure and of its ratio to the first arm in the same round, with its 95 % interval."""
     taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for _ in range(rounds):
         for arm in order.sample(arms, len(arms)):
             taken[arm.name].append(measure(arm))
-    stock = taken[arms[0].name]
-    return {
-        name: {
+    stock = np.array(taken[arms[0].name])
+    draws = np.random.default_rng(0).integers(rounds, size=(10_000, rounds))
+    found = {}
+    for name, values in taken.items():
+        ratios = np.array(values) / stock
+        found[name] = {
             "seconds": median(values),
-            "ratio": median(value / other for value, other in zip(values, stock, strict=True)),
-            "spread": [min(values), max(values)],
+            "ratio": float(np.median(ratios)),
+            "ratio_ci95": np.quantile(np.median(ratios[draws], axis=1), (0.025, 0.975)).tolist(),
+            "range": [min(values), max(values)],
         }
-        for name, values in taken.items()
-    }
+    return found
 
 
 def bench(model: str, folder: Path, rounds: int, blocks: int, requests: int) -> list[dict[str, Any]]:
@@ -169,6 +172,7 @@ def bench(model: str, folder: Path, rounds: int, blocks: int, requests: int) -> 
         Server(checkpoint, settings, options, folder / "plug-in") as plugin,
     ):
         arms = [Arm("stock", stock, None), Arm("all", plugin, None), Arm("pruned", plugin, K)]
+        single = [*arms, Arm("no picture", stock, None, shows_picture=False)]
         fresh, order = pictures(), random.Random(0)
 
         def on_one_picture(measure: Callable[[Arm, str], float]) -> Callable[[Arm], float]:
@@ -176,11 +180,11 @@ def bench(model: str, folder: Path, rounds: int, blocks: int, requests: int) -> 
             images = [next(fresh) for _ in range(rounds)]
             return lambda arm: measure(arm, next(shown.setdefault(arm.name, iter(images))))
 
-        for arm in arms:  # warm up
+        for arm in single:  # warm up
             whole_request(arm, next(fresh))
-        first = interleaved(arms, rounds, on_one_picture(first_token), order)
+        first = interleaved(single, rounds, on_one_picture(first_token), order)
         print(model, "time to first token", first, flush=True)
-        whole = interleaved(arms, rounds, on_one_picture(whole_request), order)
+        whole = interleaved(single, rounds, on_one_picture(whole_request), order)
         print(model, "whole request", whole, flush=True)
         throughput = {}
         for concurrency in CONCURRENCIES if blocks else ():
@@ -192,25 +196,38 @@ def bench(model: str, folder: Path, rounds: int, blocks: int, requests: int) -> 
             "model": model,
             "rounds": rounds,
             "arm": arm.name,
-            "num_tokens": arm.num_tokens or N,
-            "ttft_ms": 1e3 * first[arm.name]["seconds"],
-            "ttft_ratio": first[arm.name]["ratio"],
-            "ttft_ms_range": [1e3 * value for value in first[arm.name]["spread"]],
-            "request_ms": 1e3 * whole[arm.name]["seconds"],
-            "request_ratio": whole[arm.name]["ratio"],
-            "requests_per_second": {str(each): 1 / found[arm.name]["seconds"] for each, found in throughput.items()},
-            "throughput_ratio": {str(each): 1 / found[arm.name]["ratio"] for each, found in throughput.items()},
+            "num_tokens": (arm.num_tokens or N) if arm.shows_picture else 0,
+            "ttft": in_milliseconds(first[arm.name]),
+            "request": in_milliseconds(whole[arm.name]),
+            "throughput": {
+                str(load): {
+                    "requests_per_second": 1 / found[arm.name]["seconds"],
+                    "ratio": 1 / found[arm.name]["ratio"],
+                    "ratio_ci95": sorted(1 / bound for bound in found[arm.name]["ratio_ci95"]),
+                }
+                for load, found in throughput.items()
+                if arm.name in found
+            },
         }
-        for arm in arms
+        for arm in single
     ]
+
+
+def in_milliseconds(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "milliseconds": 1e3 * found["seconds"],
+        "milliseconds_range": [1e3 * bound for bound in found["range"]],
+        "ratio": found["ratio"],
+        "ratio_ci95": found["ratio_ci95"],
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CHECKPOINTS), default=list(CHECKPOINTS))
-    parser.add_argument("--rounds", type=int, default=31, help="of one request each")
-    parser.add_argument("--rounds-large", type=int, default=5, help="the same for the large model")
-    parser.add_argument("--blocks", type=int, default=3, help="of many requests, for each number of them at a time")
+    parser.add_argument("--rounds", type=int, default=151, help="of one request each")
+    parser.add_argument("--rounds-large", type=int, default=7, help="the same for the large model")
+    parser.add_argument("--blocks", type=int, default=7, help="of many requests, for each number of them at a time")
     parser.add_argument("--requests", type=int, default=64, help="in such a block")
     parser.add_argument("--output", type=Path, default=Path("results/vllm-bench.json"))
     args = parser.parse_args()

@@ -8,25 +8,27 @@ from dcp_prune.report.tables import TABLES
 
 
 def arm(name: str, num_tokens: int, factor: float, loads: bool = True) -> dict[str, Any]:
+    ratio = {"ratio": factor, "ratio_ci95": [factor, factor]}
+    rate = {"requests_per_second": 2.0 / factor, "ratio": 1 / factor, "ratio_ci95": [1 / factor] * 2}
     return {
         "model": "testbed",
         "arm": name,
         "num_tokens": num_tokens,
-        "ttft_ms": 1000 * factor,
-        "ttft_ratio": factor,
-        "request_ms": 2000 * factor,
-        "request_ratio": factor,
-        "requests_per_second": {"1": 2.0 / factor} if loads else {},
-        "throughput_ratio": {"1": 1 / factor} if loads else {},
+        "ttft": {"milliseconds": 1000 * factor, **ratio},
+        "request": {"milliseconds": 2000 * factor, **ratio},
+        "throughput": {"1": rate} if loads else {},
     }
 
 
 def test_a_comparison_shows_ratios_and_leaves_open_what_was_not_asked():
     rows = [arm("stock", 576, 1.0), arm("all", 576, 1.25), arm("pruned", 16, 0.5, loads=False)]
-    lines = TABLES["vllm"]({"results": rows}).splitlines()
+    lines = TABLES["vllm"]({"results": rows, "description": "Medians."}).splitlines()
     assert lines[0].endswith("| requests/s, 1 at a time |")
-    assert "| plug-in, nothing pruned | 576 | 1,250 ms (1.250) | 2,500 ms (1.250) | 1.6 (0.80) |" in lines[3]
-    assert lines[4].endswith("| 16 | 500 ms (0.500) | 1,000 ms (0.500) |  |")
+    assert "| stock vLLM | 576 | 1,000 ms | 2,000 ms | 2.0 |" in lines[2]
+    assert "| plug-in, nothing pruned | 576 | 1,250 ms: 1.250 [1.250, 1.250] | 2,500 ms: 1.250" in lines[3]
+    assert lines[3].endswith("| 1.6: 0.80 [0.80, 0.80] |")
+    assert lines[4].endswith("| 16 | 500 ms: 0.500 [0.500, 0.500] | 1,000 ms: 0.500 [0.500, 0.500] |  |")
+    assert lines[-1] == "<sub>Medians.</sub>"
 
 
 def test_a_soak_says_which_claims_do_not_hold():

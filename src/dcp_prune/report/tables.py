@@ -96,22 +96,31 @@ def views(result: Result) -> str:
 
 def vllm(result: Result) -> str:
     """Stock vLLM, the plug-in with nothing pruned, and pruned: medians of interleaved runs, and their ratios to
-    stock vLLM, taken within a round."""
-    loads = list(next((row["requests_per_second"] for row in result["results"] if row["requests_per_second"]), {}))
+    stock vLLM, taken within a round, with 95 % intervals."""
+    loads = list(dict.fromkeys(load for row in result["results"] for load in row["throughput"]))
     header = ["model", "server", "visual tokens", "time to first token", "whole request"]
     header += [f"requests/s, {load} at a time" for load in loads]
-    names = {"stock": "stock vLLM", "all": "plug-in, nothing pruned", "pruned": "plug-in, pruned"}
+    names = {
+        "stock": "stock vLLM",
+        "all": "plug-in, nothing pruned",
+        "pruned": "plug-in, pruned",
+        "no picture": "stock vLLM, no picture",
+    }
+
+    def cell(value: str, found: Mapping[str, Any], digits: int) -> str:
+        low, high = found["ratio_ci95"]
+        is_base = found["ratio"] == low == high == 1
+        return value if is_base else f"{value}: {found['ratio']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
     body = []
     for row in result["results"]:
-        times = [f"{row[f'{name}_ms']:,.0f} ms ({row[f'{name}_ratio']:.3f})" for name in ("ttft", "request")]
+        times = [cell(f"{row[name]['milliseconds']:,.0f} ms", row[name], 3) for name in ("ttft", "request")]
         rates = [
-            f"{row['requests_per_second'][load]:.1f} ({row['throughput_ratio'][load]:.2f})"
-            if load in row["requests_per_second"]
-            else ""
+            cell(f"{found['requests_per_second']:.1f}", found, 2) if (found := row["throughput"].get(load)) else ""
             for load in loads
         ]
         body.append([row["model"], names[row["arm"]], str(row["num_tokens"]), *times, *rates])
-    return _markdown(header, body)
+    return f"{_markdown(header, body)}\n\n<sub>{result['description']}</sub>"
 
 
 def vllm_answers(result: Result) -> str:
