@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 
 from dcp_prune.eval.runner import Asked
 from dcp_prune.eval.testbed import TestbedQuestions
 from dcp_prune.integrations.transformers import prune
+from dcp_prune.integrations.vllm import pruned_architecture
 from dcp_prune.integrations.vllm.settings import Settings
 
 SETTINGS = set(Settings.__dataclass_fields__)
@@ -64,7 +66,8 @@ class Engine:
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
         settings = {name: options.pop(name) for name in SETTINGS & set(options)}
-        pruned = {"architectures": ["DcpLlavaForConditionalGeneration"], "dcp_prune": settings}
+        (stock,) = json.loads((checkpoint / "config.json").read_text())["architectures"]
+        pruned = {"architectures": [pruned_architecture(stock)], "dcp_prune": settings}
         overrides = {"hf_overrides": pruned} if settings else {}
         self.llm = LLM(str(checkpoint), **{**ENGINE, **overrides, **options})
         self.forget()
@@ -112,9 +115,9 @@ class Reference:
     """Our integration with transformers on the same checkpoint: nothing is cached between two answers."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
-        self.processor: Any = LlavaProcessor.from_pretrained(checkpoint)
+        self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
 
     def ask(self, question: Question, pruner: Any, steps: int = 3) -> Answer:
         inputs = self.processor(text=question.prompt, images=list(question.images), return_tensors="pt")

@@ -43,8 +43,13 @@ def reference(checkpoints: dict[str, Path]) -> Reference:
 def kept_in_vllm(engine: Engine, settings: Settings, inputs: Any, requests: list[ImageRequest]) -> list[torch.Tensor]:
     model = engine.model
     pruner = ImagePruner(settings, model.make_adapter(), model.embed_words, None)
+    return ask_pruner(pruner, inputs, requests)
+
+
+def ask_pruner(pruner: ImagePruner, inputs: Any, requests: list[ImageRequest]) -> list[torch.Tensor]:
+    images = {"pixel_values": inputs["pixel_values"]}
     with torch.inference_mode():
-        return pruner({"pixel_values": inputs["pixel_values"]}, requests)
+        return pruner(images, pruner.adapter.layouts(images), requests)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda case: str(case)[:20])
@@ -57,7 +62,7 @@ def test_every_pruner_keeps_the_tokens_that_it_keeps_in_transformers(
     words = tuple(reference.processor.tokenizer(PROMPT.removeprefix("<image> "))["input_ids"])
     requests = [ImageRequest.of(K, words, str(image)) for image in range(3)]
     if get_pruner(name).requires & {Signal.CLIP_SIMILARITY}:
-        with pytest.raises(MissingSignalError, match="which LLaVA checkpoints do not hold"):
+        with pytest.raises(MissingSignalError, match="which such checkpoints do not hold"):
             kept_in_vllm(engine, settings, inputs, requests)
         return
     kept = kept_in_vllm(engine, settings, inputs, requests)
@@ -91,8 +96,7 @@ def test_the_cache_of_encoded_images_is_bounded_and_can_be_switched_off(engine: 
         pruner = ImagePruner(
             Settings(num_tokens=K, stage1_cache_mb=size), model.make_adapter(), model.embed_words, None
         )
-        with torch.inference_mode():
-            first, second = (pruner({"pixel_values": inputs["pixel_values"]}, asked)[0] for _ in range(2))
+        first, second = (ask_pruner(pruner, inputs, asked)[0] for _ in range(2))
         assert torch.equal(first, second)
         assert pruner.cache.size <= size * 10**6
         counts.append(pruner.encoded_images)
@@ -123,7 +127,7 @@ def test_the_profile_run_of_vllm_is_not_counted(start: Start) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"pruner": "cdpruner"}, "which LLaVA checkpoints do not hold"),
+        ({"pruner": "cdpruner"}, "which such checkpoints do not hold"),
         ({"pruner": "dpc"}, "did you mean dcp"),
         ({"max_images_per_batch": 0}, "max_images_per_batch must be a whole number of at least 1"),
         ({"options": {"schedule": [[9, 20]]}}, "choose a layer of at most"),

@@ -13,12 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.stopwatch import Stopwatch
 from dcp_prune.integrations.vllm.cache import LRUCache, tensor_bytes
 from dcp_prune.integrations.vllm.metrics import Metrics
 from dcp_prune.integrations.vllm.request import ImageRequest
 from dcp_prune.integrations.vllm.settings import Settings
 from dcp_prune.models import ImageLayout, ModelAdapter
+from dcp_prune.models.layout import plain_layout
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.tokens import Signal, VisualTokens
 
@@ -67,56 +69,57 @@ class ImagePruner:
         self.settings, self.adapter, self.embed, self.metrics = settings, adapter, embed, metrics
         self.cache: LRUCache[VisualTokens] = LRUCache(settings.stage1_cache_mb * 10**6 if settings.reads_text else 0)
         self.encoded_images = 0
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        self._plans: dict[tuple[int, int, int], _Plan] = {}
         pruner = settings.make_pruner()
         adapter.check_signals(type(pruner).__name__, pruner.requires)
-        self._plan(settings.num_tokens, self.tokens_per_image)
+        self._plan(settings.num_tokens, plain_layout(*adapter.grid()))
 
-    def __call__(self, images: Mapping[str, Any], requests: Sequence[ImageRequest]) -> list[Float[Tensor, "k d"]]:
+    def __call__(
+        self, images: Mapping[str, Any], layouts: Sequence[ImageLayout], requests: Sequence[ImageRequest]
+    ) -> list[Float[Tensor, "k d"]]:
         """The kept tokens of each image, in its order.
 
         Args:
             images: model inputs as the adapter takes them.
-            requests: one for each image.
+            layouts: one for each image.
+            requests: one for each image; all ask for fewer tokens than stock vLLM would give.
+
+        Raises:
+            InvalidInputError: the prompt was not made for these images.
         """
-        layouts, size = self.adapter.layouts(images), self.settings.max_images_per_batch
+        for layout, request in zip(layouts, requests, strict=True):
+            check_length(layout, request)
         kept: list[Tensor] = []
-        for start in range(0, len(requests), size):
-            part = slice(start, start + size)
-            chosen = self.adapter.take(images, layouts, range(len(layouts))[part])
-            kept += self._prune(chosen, layouts[part], requests[part])
+        for part in _parts(layouts, self.settings.max_images_per_batch):
+            chosen = self.adapter.take(images, layouts, part)
+            kept += self._prune(chosen, layouts[part.start : part.stop], requests[part.start : part.stop])
         return kept
 
-    @property
-    def tokens_per_image(self) -> int:
-        """Visual tokens of an image before pruning."""
-        rows, cols = self.adapter.grid()
-        return rows * cols
-
-    def _plan(self, num_tokens: int, n: int) -> _Plan:
-        if (num_tokens, n) not in self._plans:
+    def _plan(self, num_tokens: int, layout: ImageLayout) -> _Plan:
+        tile, n = layout.tile_size, sum(layout.tile_lengths)
+        if (num_tokens, tile, n) not in self._plans:
             pruner = self.settings.make_pruner(num_tokens)
-            whole = num_tokens >= n
-            signals = frozenset() if whole else (pruner.requires | pruner.optional) & self.adapter.signals
-            stages = self.adapter.check_stages(pruner.encoder_stages(n, self.adapter.num_layers))
-            self._plans[num_tokens, n] = _Plan(pruner, stages, signals)
-        return self._plans[num_tokens, n]
+            signals = frozenset() if num_tokens >= n else (pruner.requires | pruner.optional) & self.adapter.signals
+            stages = self.adapter.check_stages(pruner.encoder_stages(tile, self.adapter.num_layers))
+            self._plans[num_tokens, tile, n] = _Plan(pruner, stages, signals)
+        return self._plans[num_tokens, tile, n]
 
     def _prune(
         self, images: Mapping[str, Any], layouts: Sequence[ImageLayout], requests: Sequence[ImageRequest]
     ) -> list[Float[Tensor, "k d"]]:
-        device = images[self.adapter.image_inputs[0]].device
+        device = images[self.adapter.image_inputs[0]][0].device
         watch = Stopwatch(device)
-        plans = [
-            self._plan(request.num_tokens, layout.tile_size) for request, layout in zip(requests, layouts, strict=True)
-        ]
+        plans = [self._plan(request.num_tokens, layout) for request, layout in zip(requests, layouts, strict=True)]
         encoded = self._encode(images, layouts, requests, plans, watch)
         watch.lap("encode")
         texts = self._embed_words(requests, device)
         kept: list[Any] = [None] * len(requests)
-        shapes = [(request.num_tokens, one.features.shape) for request, one in zip(requests, encoded, strict=True)]
-        for group in _grouped(range(len(requests)), lambda image: shapes[image]):
-            tokens = join([encoded[image] for image in group])
+        alike = [
+            (request.num_tokens, plan.signals, one.features.shape, one.num_original, one.tiles is None)
+            for request, plan, one in zip(requests, plans, encoded, strict=True)
+        ]
+        for group in _grouped(range(len(requests)), lambda image: alike[image]):
+            tokens, k = join([encoded[image] for image in group]), requests[group[0]].num_tokens
             words = [texts[image] for image in group]
             if any(len(text) for text in words):
                 text = pad_sequence(words, batch_first=True)
@@ -125,7 +128,7 @@ class ImagePruner:
                 tokens = replace(tokens, text=text, text_mask=mask)
             pruned = plans[group[0]].pruner(tokens)
             for row, image in enumerate(group):
-                kept[image] = pruned.features[row]
+                kept[image] = pruned.features[row, :k]
             real = [row for row, image in enumerate(group) if requests[image].is_real]
             if self.metrics is not None and real:
                 self.metrics.count(pruned_images=len(real))
@@ -168,7 +171,7 @@ class ImagePruner:
                 tokens = self.adapter.encode(chosen, plan.stages, plan.signals, watch.lap, shapes).tokens
                 self.encoded_images += len(part)
                 for row, image in enumerate(part):
-                    found[keys[image]] = one = take(tokens, row)
+                    found[keys[image]] = one = own_tokens(take(tokens, row), layouts[image])
                     if requests[image].is_real:
                         self.cache.put(keys[image], one, tensor_bytes(one))
         return [found[key] for key in keys]
@@ -193,6 +196,53 @@ def take(tokens: Any, row: int) -> Any:
         return (value[row],) if isinstance(value, tuple) else value
 
     return replace(tokens, **{each.name: cut(getattr(tokens, each.name)) for each in fields(tokens)})
+
+
+def own_tokens(tokens: VisualTokens, layout: ImageLayout) -> VisualTokens:
+    """The tokens of one image as if it had been encoded alone: without the padding of larger ones beside it."""
+    n, most = len(layout), sum(layout.tile_lengths)
+    encoder = tokens.encoder
+    if encoder is not None:
+        cut = {name: value[:, :most] for name, value in vars(encoder).items() if isinstance(value, Tensor)}
+        encoder = replace(encoder, **cut)
+    return replace(
+        tokens,
+        features=tokens.features[:, :most],
+        mask=tokens.mask[:, :most],
+        positions=tokens.positions[:, :most],
+        indices=tokens.indices[:, :most],
+        num_original=n,
+        assignment=tokens.assignment[:, :n],
+        encoder=encoder,
+        tiles=None if tokens.tiles is None or len(layout) == layout.tile_size else tokens.tiles[:, :most],
+        tile_lengths=None if len(layout) == layout.tile_size else (layout.tile_lengths,),
+    )
+
+
+def check_length(layout: ImageLayout, request: ImageRequest) -> None:
+    """Whether the prompt has as many tokens for an image as the image can fill: all of them, or some of those that are
+    no separators.
+
+    Raises:
+        InvalidInputError: it has more.
+    """
+    n, patches = len(layout), sum(layout.tile_lengths)
+    if request.num_tokens != n and request.num_tokens > patches:
+        raise InvalidInputError(
+            f"the prompt holds {request.num_tokens} visual tokens for an image that has {n}, of which {patches} can be "
+            "kept; send the size and the pixels that the model's own processor makes of one image"
+        )
+
+
+def _parts(layouts: Sequence[ImageLayout], size: int) -> list[range]:
+    """Images that follow each other, together: at most `size` tiles, but at least one image."""
+    starts, tiles = [0], 0
+    for image, layout in enumerate(layouts):
+        tiles += layout.num_tiles
+        if tiles > size and image > starts[-1]:
+            starts.append(image)
+            tiles = layout.num_tiles
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(layouts)], strict=True)]
 
 
 def join(parts: Sequence[Any]) -> Any:

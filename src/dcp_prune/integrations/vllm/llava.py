@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from dcp_prune.errors import UnsupportedModelError
 from dcp_prune.integrations.vllm.model import PrunedModel, with_tower_names
 from dcp_prune.integrations.vllm.processor import PrunedProcessingInfo, PrunedProcessor
-from dcp_prune.integrations.vllm.tower import TowerView
+from dcp_prune.integrations.vllm.tower import TowerView, stack_pixels
 from dcp_prune.models.llava import LlavaAdapter
 
 
@@ -47,6 +47,9 @@ class DcpLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGeneratio
         view: Any = TowerView(tower)
         inner = SimpleNamespace(vision_tower=view, multi_modal_projector=self.multi_modal_projector)
         return LlavaAdapter(SimpleNamespace(config=self.config, model=inner))
+
+    def image_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"pixel_values": stack_pixels(inputs["pixel_values"])}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(with_tower_names(weights))

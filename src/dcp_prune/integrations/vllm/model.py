@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,6 @@ from dcp_prune.integrations.vllm.images import ImagePruner
 from dcp_prune.integrations.vllm.metrics import Metrics
 from dcp_prune.integrations.vllm.request import FIELDS, from_fields
 from dcp_prune.integrations.vllm.settings import Settings
-from dcp_prune.integrations.vllm.tower import stack_pixels
 from dcp_prune.models import ModelAdapter
 
 
@@ -39,20 +38,32 @@ class PrunedModel:
         """What knows the vision encoder of this family."""
         raise NotImplementedError
 
+    def image_inputs(self: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What describes the images of a batch, as the adapter takes it, out of what vLLM hands to the model."""
+        adapter: ModelAdapter = self.image_pruner.adapter
+        return {name: inputs.get(name) for name in (adapter.image_inputs[0], *adapter.image_details)}
+
     def embed_words(self: Any, ids: Tensor) -> Tensor:
         return self.language_model.embed_input_ids(ids)
 
     def embed_multimodal(self: Any, **kwargs: Any) -> Any:
-        """The kept tokens of each image. The first rows of `image_embeds`, which vLLM checked, pass as they are."""
-        pixels = kwargs.get("pixel_values")
-        if pixels is None:
+        """The tokens of each image: all of them from the stock model where the request keeps them, else those that are
+        kept. `image_embeds`, whose rows were checked with the prompt, pass as they are."""
+        if self.image_pruner is None or kwargs.get(self.image_pruner.adapter.image_inputs[0]) is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        requests = from_fields(kwargs)
-        n = self.image_pruner.tokens_per_image
-        if all(request.num_tokens >= n for request in requests):
+        requests, images = from_fields(kwargs), self.image_inputs(kwargs)
+        layouts = self.image_pruner.adapter.layouts(images)
+        whole = [request.num_tokens == len(layout) for request, layout in zip(requests, layouts, strict=True)]
+        if all(whole):
             stock = {name: value for name, value in kwargs.items() if name not in FIELDS}
             return super().embed_multimodal(**stock)  # type: ignore[misc]
-        return self.image_pruner({**kwargs, "pixel_values": stack_pixels(pixels)}, requests)
+        parts = [[image for image, own in enumerate(whole) if own == which] for which in (True, False)]
+        unpruned, pruned = (self.image_pruner.adapter.take(images, layouts, part) for part in parts)
+        all_tokens = iter(super().embed_multimodal(**unpruned) if parts[0] else ())  # type: ignore[misc]
+        kept = iter(
+            self.image_pruner(pruned, [layouts[image] for image in parts[1]], [requests[image] for image in parts[1]])
+        )
+        return [next(all_tokens if own else kept) for own in whole]
 
 
 def check_engine(vllm_config: Any) -> None:

@@ -94,6 +94,22 @@ class PrunedProcessingInfo:
             kwargs.pop(name, None)
         return RequestingProcessor(super().get_hf_processor(**kwargs))  # type: ignore[misc]
 
+    def count_tokens(self: Any, size: Any, mm_kwargs: Mapping[str, object]) -> tuple[int, int]:
+        """Visual tokens of an image in stock vLLM, and how many of them a pruner may choose from, which separators
+        between rows are not; as many as the adapter's layout of the image says.
+
+        Args:
+            size: `width` and `height` of the image in pixels.
+            mm_kwargs: what the request says about the processing of images.
+        """
+        n = self.get_num_image_tokens(image_width=size.width, image_height=size.height)
+        return n, n
+
+    def tokens_left(self: Any, budget: int, size: Any, mm_kwargs: Mapping[str, object]) -> int:
+        """Visual tokens of an image in the prompt: all of them, if the budget is large enough, or those to keep."""
+        n, patches = self.count_tokens(size, mm_kwargs)
+        return n if budget >= n else min(budget, patches)
+
     def get_mm_max_tokens_per_item(self: Any, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         return {"image": min(self.settings.num_tokens, self.get_max_image_tokens())}
 
@@ -137,7 +153,8 @@ class PrunedProcessor:
         found = plain.get_mm_hashes(self.info.model_id, mm_config.mm_hasher_algorithm)
         images = found.get("image", [])
         hashes = ImageHashes(found)
-        hashes.requests = self._requests(inputs.prompt, images, budget)
+        counts = self._counts(inputs.mm_data_items.get("image", ()), budget, others)
+        hashes.requests = self._requests(inputs.prompt, images, counts)
         hashes["image"] = [
             cache_key(image, settings.fingerprint, request)
             for image, request in zip(images, hashes.requests, strict=True)
@@ -148,28 +165,29 @@ class PrunedProcessor:
         output = super().apply(PrunedInputs(**given, hashes=hashes), *args, **kwargs)  # type: ignore[misc]
         if any(request.is_real for request in requests):
             kept = sum(place.length for place in output["mm_placeholders"]["image"])
-            self.metrics.count(
-                visual_tokens_before=self._tokens_before(inputs.mm_data_items["image"]), visual_tokens_after=kept
-            )
+            self.metrics.count(visual_tokens_before=sum(n for n, _ in counts), visual_tokens_after=kept)
         return output
 
-    def _tokens_before(self, images: Any) -> int:
-        """Visual tokens of these images without pruning; encoded images, and those known by name only, count as large
-        ones."""
-        total = 0
+    def _counts(self, images: Any, budget: int, mm_kwargs: Mapping[str, object]) -> list[tuple[int, int]]:
+        """Of each image, its visual tokens without pruning and those of them that the prompt will hold; encoded images,
+        and those known by name only, count as large ones."""
+        most = self.info.get_max_image_tokens()
+        counts = [(most, min(budget, most))] * len(images)
         for image in range(len(images)):
-            if isinstance(images, EmbeddingItems) or images.get(image) is None:
-                total += self.info.get_max_image_tokens()
-            else:
+            if not isinstance(images, EmbeddingItems) and images.get(image) is not None:
                 size = images.get_image_size(image)
-                total += self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
-        return total
+                n, _ = self.info.count_tokens(size, mm_kwargs)
+                counts[image] = n, self.info.tokens_left(budget, size, mm_kwargs)
+        return counts
 
-    def _requests(self, prompt: Sequence[int], images: Sequence[str], budget: int) -> list[ImageRequest]:
+    def _requests(
+        self, prompt: Sequence[int], images: Sequence[str], counts: Sequence[tuple[int, int]]
+    ) -> list[ImageRequest]:
+        """What is asked of each image: the words only where something is left out of it."""
         settings: Settings = self.info.settings
-        whole = budget >= self.info.get_max_image_tokens()
-        words = [()] * len(images) if whole else self.words.find(prompt, len(images))
-        if not whole and settings.needs_text and not all(words):
+        cut = [left < n for n, left in counts]
+        words = [text if own else () for text, own in zip(self.words.find(prompt, len(images)), cut, strict=True)]
+        if settings.needs_text and not all(text or not own for text, own in zip(words, cut, strict=True)):
             if not self._measures(prompt):
                 raise InvalidInputError(
                     f"pruner {settings.pruner!r} chooses visual tokens by the question, and this prompt has no word "
@@ -177,7 +195,7 @@ class PrunedProcessor:
                 )
             words = [tuple(prompt[:1])] * len(images)
         keys = [None if self._measures(prompt) else image for image in images]
-        return [ImageRequest.of(budget, text, key) for text, key in zip(words, keys, strict=True)]
+        return [ImageRequest.of(left, text, key) for (_, left), text, key in zip(counts, words, keys, strict=True)]
 
     def _measures(self, prompt: Sequence[int]) -> bool:
         """Whether it is one of the prompts of nothing but images by which vLLM measures what it needs."""
@@ -203,15 +221,23 @@ class PrunedProcessor:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         images = mm_items.get("image")
         budget = int(hf_processor_mm_kwargs.get(NUM_TOKENS, self.info.settings.num_tokens))
-        encoded = isinstance(images, EmbeddingItems)
+        encoded, most = isinstance(images, EmbeddingItems), self.info.get_max_image_tokens()
+        others = {name: value for name, value in hf_processor_mm_kwargs.items() if name not in (NUM_TOKENS, REQUESTS)}
 
         def cut(replacement: Any) -> Callable[[int], list[int]]:
             def tokens_of(image: int) -> list[int]:
                 whole: Any = replacement(image) if callable(replacement) else replacement
                 tokens = list(whole)
                 if not encoded:
-                    return tokens[:budget]
-                if len(tokens) != budget:
+                    size = images.get_image_size(image)
+                    n, _ = self.info.count_tokens(size, others)
+                    if len(tokens) != n:
+                        raise InvalidInputError(
+                            f"vLLM gives an image of {size.width} x {size.height} pixels {len(tokens)} visual tokens, "
+                            f"and dcp-prune counts {n}; send it in another size, or serve the model without pruning"
+                        )
+                    return tokens[: self.info.tokens_left(budget, size, others)]
+                if len(tokens) != min(budget, most):
                     raise InvalidInputError(
                         f"image_embeds have {len(tokens)} rows, but an image has {budget} visual tokens in this "
                         "request; send as many rows, pruned already, or the image itself"

@@ -21,7 +21,7 @@ class ImageRequest:
     """A budget and a question for one image.
 
     Attributes:
-        num_tokens: visual tokens to keep.
+        num_tokens: visual tokens that the prompt holds for it: all that stock vLLM would give, or those to keep.
         text_ids: the words of the question as token ids; none where the pruner reads none.
         key: what tells the image from others, whatever is asked about it; zeros for an image that nobody asks about.
     """

@@ -31,8 +31,9 @@ class Settings:
             `none`: nothing, so that images are cached whatever the question.
         turn_end: what ends a turn, such as "ASSISTANT:"; default: what the chat template writes before an answer, or
             the end-of-text token where there is no template.
-        max_images_per_batch: images that the vision encoder sees at once. vLLM counts kept tokens, so that it may hand
-            over many more than it would of unpruned ones.
+        max_images_per_batch: images that the vision encoder sees at once, of which each tile is one where a model cuts
+            images into tiles. vLLM counts kept tokens, so that it may hand over many more than it would of unpruned
+            ones.
         stage1_cache_mb: megabytes (10^6 bytes) of encoded images that are kept for the next question about them, on the
             device of the encoder; 0 keeps none.
 
@@ -62,6 +63,11 @@ class Settings:
             raise InvalidInputError(
                 "a range of num_tokens lets the image decide how many stay, and vLLM has to know before it sees one; "
                 "give num_tokens as one number, without max_distance"
+            )
+        if self.options.get("scope", "image") != "image":
+            raise InvalidInputError(
+                "scope 'tile' lets the size of an image decide how many visual tokens it keeps, and here num_tokens is "
+                "the most that an image may have; leave scope out"
             )
         if self.turn_end is not None and (not isinstance(self.turn_end, str) or not self.turn_end.strip()):
             raise InvalidInputError(f"turn_end must be a text such as 'ASSISTANT:', got {self.turn_end!r}")
