@@ -52,7 +52,7 @@ class Engine:
         outputs = self.llm.chat(chats, self.sampling, use_tqdm=False, tokenization_kwargs=starting) if chats else []
         for name, output in zip(asked, outputs, strict=True):
             tokens = len(output.prompt_token_ids)
-            answers[name] = {"answer": output.outputs[0].text, "prompt_tokens": tokens, "actor": self.number}
+            answers[name] = {"answer": output.outputs[0].text.strip(), "prompt_tokens": tokens, "actor": self.number}
         return [{"id": row["id"], **answers[row["id"]]} for row in rows]
 
 

@@ -97,7 +97,7 @@ def test_ray_actors_answer_a_file_of_questions(
     assert {line.get("actor") for line in lines} >= {0, 1}
     for line in lines[:-1]:
         scene, _ = ASKED[line["id"]]
-        question = Question(prompt(line["question"]), (IMAGES[scene],))
+        question = Question(prompt(rows[line["id"]]["question"]), (IMAGES[scene],))
         expected = reference.ask(question, make_pruner("dcp", num_tokens=K))
         assert line["prompt_tokens"] == expected.prompt_tokens
         assert line["answer"] == reference.processor.tokenizer.decode(expected.ids, skip_special_tokens=True)
