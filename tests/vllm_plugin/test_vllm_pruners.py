@@ -132,6 +132,8 @@ def test_the_profile_run_of_vllm_is_not_counted(start: Start) -> None:
         ({"max_images_per_batch": 0}, "max_images_per_batch must be a whole number of at least 1"),
         ({"options": {"schedule": [[9, 20]]}}, "choose a layer of at most"),
         ({"compilation_config": {"cudagraph_mm_encoder": True}}, "replays the vision encoder without the pruner"),
+        ({"mm_encoder_only": True, "enable_prefix_caching": False}, "leaves out the language model, whose word embedd"),
+        ({"enable_lora": True, "enable_tower_connector_lora": True}, "use adapters of the language model only"),
         ({"mm_processor_kwargs": {"num_tokens": 4}}, "set it as num_tokens of dcp_prune"),
     ],
 )
