@@ -41,6 +41,11 @@ def test_the_command_with_defaults_is_the_shortest(dcp_prune: Run) -> None:
     )
 
 
+def test_a_family_is_named_by_its_class(dcp_prune: Run) -> None:
+    outcome = dcp_prune("vllm-args", "org/model", "--architecture", "Qwen2_5_VLForConditionalGeneration")
+    assert overrides_in(outcome.out)["architectures"] == ["DcpQwen2_5_VLForConditionalGeneration"]
+
+
 def test_budgets_of_requests_and_metrics_of_workers_are_asked_for(dcp_prune: Run) -> None:
     outcome = dcp_prune("vllm-args", "testbed-weak", "--request-budgets", "--metrics")
     assert outcome.out.startswith("PROMETHEUS_MULTIPROC_DIR=$(mktemp -d) vllm serve ")

@@ -34,8 +34,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`testbed` and `deep`, a tiny random one, as they are on the hub: with the inner names of CLIP towers."""
-    from checkpoints import as_on_the_hub, make_deep
+    """`testbed`, and tiny random ones, as they are on the hub: with the inner names of CLIP towers."""
+    from checkpoints import as_on_the_hub, make_deep, make_qwen
 
     from dcp_prune.testbed.load import checkpoint_path
 
@@ -43,6 +43,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "testbed": as_on_the_hub(checkpoint_path("weak"), folder / "testbed"),
         "deep": as_on_the_hub(make_deep(folder / "deep-made"), folder / "deep"),
+        "qwen": make_qwen(folder / "qwen"),
     }
 
 

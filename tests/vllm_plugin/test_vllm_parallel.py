@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import PLACEHOLDER
 from engines import Question, Reference
-from servers import ENVIRONMENT, OPTIONS, Server, flags, overrides
-from test_vllm_server import CLOSE, IMAGES, SCENES, body, difference
+from servers import ENVIRONMENT, OPTIONS, Server, chat, data_url, flags, overrides
+from test_vllm_qwen import make_picture
+from test_vllm_server import CLOSE, IMAGES, SCENES, TOP, body, difference, gap
 
 from dcp_prune.registry import make_pruner
 from dcp_prune.testbed.language import prompt
@@ -55,6 +57,18 @@ def test_two_processes_answer_as_one(
     tokens = [line for line in lines if line.startswith("vllm:prompt_tokens_total{")]
     answering = sum(float(line.rsplit(" ", 1)[1]) > 0 for line in tokens)
     assert answering == (2 if way == "data" else 1)
+
+
+def test_two_ranks_keep_the_same_tokens_of_windowed_encoders(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    alone = Reference(checkpoints["qwen"])
+    pruned = {"architectures": ["DcpQwen2_5_VLForConditionalGeneration"], "dcp_prune": {"num_tokens": 8}}
+    pictures, text = [make_picture(seed, *size) for seed, size in enumerate(((12, 3), (4, 11)))], "what is this dog"
+    with Server(checkpoints["qwen"], {}, {"hf-overrides": pruned, "tensor-parallel-size": 2}, tmp_path) as server:
+        answers = [server.ask(chat(text, data_url(picture), **TOP)) for picture in pictures]
+    for picture, answer in zip(pictures, answers, strict=True):
+        question = Question(f"USER: {PLACEHOLDER} {text} ASSISTANT: ", (picture,))
+        expected = alone.ask(question, make_pruner("dcp", num_tokens=8))
+        assert gap(answer, expected) < CLOSE
 
 
 def test_the_batch_runner_answers_a_file_of_requests(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Question, Reference
+from engines import Answer, Question, Reference
 from PIL import Image
 from servers import Server, chat, data_url
 
@@ -45,7 +45,11 @@ def body(scene: int, number: int, **options: Any) -> dict[str, Any]:
 def difference(answer: dict[str, Any], reference: Reference, scene: int, number: int, num_tokens: int = K) -> float:
     """By how much the logprobs of an answer differ at most from those of transformers with the same pruner."""
     question = Question(prompt(SCENES[scene].questions[number].text), (IMAGES[scene],))
-    expected = reference.ask(question, make_pruner("dcp", num_tokens=num_tokens))
+    return gap(answer, reference.ask(question, make_pruner("dcp", num_tokens=num_tokens)))
+
+
+def gap(answer: dict[str, Any], expected: Answer) -> float:
+    """By how much the logprobs of two answers differ at most."""
     assert answer["usage"]["prompt_tokens"] == expected.prompt_tokens
     steps = answer["choices"][0]["logprobs"]["content"]
     assert [token_id(step) for step in steps] == list(expected.ids)

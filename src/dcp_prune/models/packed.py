@@ -104,9 +104,11 @@ class PackedTower:
     Attributes:
         module: with `patch_embed`, `rotary_pos_emb`, `blocks` (each with `norm1` and `attn.qkv`) and `merger`; windows,
             a table of positions and DeepStack where it has them.
+        over_all_heads: as for `Tower`.
     """
 
     module: Any
+    over_all_heads: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -216,7 +218,9 @@ class PackedTower:
         queries, keys = apply_rotary_pos_emb_vision(queries, keys, *(each.to(heads.device) for each in pack.rotary))
         lengths = segments.diff().tolist()
         found = packed_signals(queries, keys, values, lengths, wanted, scale=attention.scaling)
-        return {name: torch.cat(each).unflatten(0, (-1, self.cell)).mean(dim=1) for name, each in found.items()}
+        over_all_heads = self.over_all_heads or (lambda mean: mean)
+        joined = {name: torch.cat(each).unflatten(0, (-1, self.cell)).mean(dim=1) for name, each in found.items()}
+        return {name: over_all_heads(mean) for name, mean in joined.items()}
 
 
 class _Reduced:

@@ -34,7 +34,8 @@ class Qwen2VLAdapter(ModelAdapter):
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.tower = PackedTower(model.model.visual)
+        tower = model.model.visual
+        self.tower = PackedTower(tower, getattr(tower, "over_all_heads", None))
 
     def grid(self, pixel_values: Tensor | None = None) -> tuple[int, int]:
         return 16, 16

@@ -12,8 +12,14 @@ from __future__ import annotations
 
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "dcp_prune.integrations.vllm.llava:DcpLlavaForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration": (
+        "dcp_prune.integrations.vllm.qwen2_5_vl:DcpQwen2_5_VLForConditionalGeneration"
+    ),
 }
 """Architecture of a checkpoint -> `module:class` that serves it pruned; the class's name is the new architecture."""
+
+MROPE_ARCHITECTURES = ("DcpQwen2_5_VLForConditionalGeneration",)
+"""Of these, those whose positions have time, row and column."""
 
 
 def pruned_architecture(architecture: str) -> str | None:
@@ -29,8 +35,10 @@ def register() -> None:
         UnsupportedModelError: this vLLM is too old.
     """
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from dcp_prune.integrations.vllm._compat import check_version
+    from dcp_prune.integrations.vllm.mrope import PrunesPositions
 
     check_version()
     known = set(ModelRegistry.get_supported_archs())
@@ -38,3 +46,5 @@ def register() -> None:
         name = target.partition(":")[2]
         if name not in known:
             ModelRegistry.register_model(name, target)
+    for architecture in MROPE_ARCHITECTURES:
+        MODELS_CONFIG_MAP[architecture] = PrunesPositions

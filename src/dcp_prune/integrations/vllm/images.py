@@ -59,13 +59,16 @@ class ImagePruner:
         adapter: ModelAdapter,
         embed: Callable[[Int[Tensor, " t"]], Float[Tensor, "t d"]],
         metrics: Metrics | None,
+        hand_over: Callable[[Float[Tensor, "k d"], Int[Tensor, " k"], ImageLayout], Tensor] = lambda kept, *_: kept,
     ) -> None:
         """Args:
         settings: of the server.
         adapter: of the model.
         embed: the language model's word embeddings.
         metrics: where to report; None reports nothing, as on all ranks but the first.
+        hand_over: what vLLM gets of an image's kept tokens, made of them, their places in the image and its layout.
         """
+        self.hand_over = hand_over
         self.settings, self.adapter, self.embed, self.metrics = settings, adapter, embed, metrics
         self.cache: LRUCache[VisualTokens] = LRUCache(settings.stage1_cache_mb * 10**6 if settings.reads_text else 0)
         self.encoded_images = 0
@@ -128,7 +131,7 @@ class ImagePruner:
                 tokens = replace(tokens, text=text, text_mask=mask)
             pruned = plans[group[0]].pruner(tokens)
             for row, image in enumerate(group):
-                kept[image] = pruned.features[row, :k]
+                kept[image] = self.hand_over(pruned.features[row, :k], pruned.indices[row, :k], layouts[image])
             real = [row for row, image in enumerate(group) if requests[image].is_real]
             if self.metrics is not None and real:
                 self.metrics.count(pruned_images=len(real))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxtyping import Float, Int
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -14,7 +15,7 @@ from dcp_prune.integrations.vllm.images import ImagePruner
 from dcp_prune.integrations.vllm.metrics import Metrics
 from dcp_prune.integrations.vllm.request import FIELDS, from_fields
 from dcp_prune.integrations.vllm.settings import Settings
-from dcp_prune.models import ModelAdapter
+from dcp_prune.models import ImageLayout, ModelAdapter
 
 
 class PrunedModel:
@@ -32,7 +33,9 @@ class PrunedModel:
         settings = Settings.of(vllm_config.model_config.hf_config)
         images = vllm_config.model_config.multimodal_config.get_limit_per_prompt("image")
         metrics = Metrics.of_process() if get_tensor_model_parallel_rank() == 0 else None
-        self.image_pruner = ImagePruner(settings, self.make_adapter(), self.embed_words, metrics) if images else None
+        self.image_pruner = None
+        if images:
+            self.image_pruner = ImagePruner(settings, self.make_adapter(), self.embed_words, metrics, self.hand_over)
 
     def make_adapter(self) -> ModelAdapter:
         """What knows the vision encoder of this family."""
@@ -42,6 +45,12 @@ class PrunedModel:
         """What describes the images of a batch, as the adapter takes it, out of what vLLM hands to the model."""
         adapter: ModelAdapter = self.image_pruner.adapter
         return {name: inputs.get(name) for name in (adapter.image_inputs[0], *adapter.image_details)}
+
+    def hand_over(
+        self, features: Float[Tensor, "k d"], indices: Int[Tensor, " k"], layout: ImageLayout
+    ) -> Float[Tensor, "k e"]:
+        """What vLLM gets of the kept tokens of an image, which lie at `indices` in it."""
+        return features
 
     def embed_words(self: Any, ids: Tensor) -> Tensor:
         return self.language_model.embed_input_ids(ids)

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import EmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
@@ -25,6 +25,8 @@ from dcp_prune.integrations.vllm.words import Words, turn_ends
 
 NUM_TOKENS = "num_tokens"
 """What a request may set in `mm_processor_kwargs`."""
+ENCODED = (EmbeddingItems, DictEmbeddingItems)
+"""Images that come encoded, from one tensor or with what goes with it."""
 REQUESTS = "dcp_requests"
 """Where the requests of a prompt's images stand in the processor's keywords, on their way to its output."""
 
@@ -174,7 +176,7 @@ class PrunedProcessor:
         most = self.info.get_max_image_tokens()
         counts = [(most, min(budget, most))] * len(images)
         for image in range(len(images)):
-            if not isinstance(images, EmbeddingItems) and images.get(image) is not None:
+            if not isinstance(images, ENCODED) and images.get(image) is not None:
                 size = images.get_image_size(image)
                 n, _ = self.info.count_tokens(size, mm_kwargs)
                 counts[image] = n, self.info.tokens_left(budget, size, mm_kwargs)
@@ -221,7 +223,7 @@ class PrunedProcessor:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         images = mm_items.get("image")
         budget = int(hf_processor_mm_kwargs.get(NUM_TOKENS, self.info.settings.num_tokens))
-        encoded, most = isinstance(images, EmbeddingItems), self.info.get_max_image_tokens()
+        encoded, most = isinstance(images, ENCODED), self.info.get_max_image_tokens()
         others = {name: value for name, value in hf_processor_mm_kwargs.items() if name not in (NUM_TOKENS, REQUESTS)}
 
         def cut(replacement: Any) -> Callable[[int], list[int]]:

@@ -86,12 +86,16 @@ class TowerView:
 
     @property
     def over_all_heads(self) -> Callable[[Tensor], Tensor] | None:
-        """A mean over this rank's heads made one over the heads of all ranks; None where this rank has them all."""
-        if self._tp_size == 1:
-            return None
-        from vllm.distributed import tensor_model_parallel_all_reduce
+        return over_all_heads(self._tp_size)
 
-        return lambda mean: tensor_model_parallel_all_reduce(mean.contiguous()) / self._tp_size
+
+def over_all_heads(tp_size: int) -> Callable[[Tensor], Tensor] | None:
+    """Makes a mean over this rank's heads one over the heads of all ranks; None where this rank has them all."""
+    if tp_size == 1:
+        return None
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    return lambda mean: tensor_model_parallel_all_reduce(mean.contiguous()) / tp_size
 
 
 def stack_pixels(pixels: Any) -> Float[Tensor, "i c y x"]:
