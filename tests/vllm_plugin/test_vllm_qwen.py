@@ -15,6 +15,7 @@ from checkpoints import PLACEHOLDER
 from engines import Engine, Question, Reference, difference
 from PIL import Image
 
+from dcp_prune.errors import UnsupportedModelError
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.integrations.vllm.images import ImagePruner
 from dcp_prune.integrations.vllm.mrope import PrunesPositions, TruePositions, add_columns
@@ -170,9 +171,16 @@ def test_cached_answers_about_one_image_equal_uncached_ones(engine: Engine, refe
     assert difference(again, expected[0]) < CLOSE
 
 
-def test_a_chunk_border_inside_an_image_changes_nothing(start: Start, reference: Reference) -> None:
+def test_a_border_of_chunks_or_cached_blocks_inside_an_image_changes_nothing(
+    start: Start, reference: Reference
+) -> None:
     chunked = start("qwen", num_tokens=36, max_num_batched_tokens=32, max_num_seqs=2, enable_chunked_prefill=True)
-    assert_equal(chunked, reference, ask_about(FIRST, WIDE, SQUARE), make_pruner("dcp", num_tokens=36))
+    question = ask_about(FIRST, WIDE, SQUARE)
+    expected = reference.ask(question, make_pruner("dcp", num_tokens=36))
+    for cached in (0, 64):  # the first image begins at token 1, the second one at token 39
+        (answer,) = chunked.ask(question)
+        assert answer.cached_tokens == cached
+        assert difference(answer, expected) < CLOSE
 
 
 def test_a_budget_of_all_tokens_changes_no_bit(start: Start) -> None:
@@ -245,6 +253,12 @@ def test_engines_that_would_leave_positions_wrong_do_not_start(part: str, value:
 def test_a_compiled_encoder_is_refused(start: Start) -> None:
     with pytest.raises(Exception, match="compiles the vision encoder as one"):
         start("qwen", num_tokens=K, compilation_config={"compile_mm_encoder": True})
+
+
+def test_features_whose_positions_nobody_took_are_refused(engine: Engine) -> None:
+    features = add_columns(torch.zeros(K, engine.model.config.get_text_config().hidden_size), torch.arange(K), 3)
+    with pytest.raises(UnsupportedModelError, match="leave --worker-cls to its default"):
+        engine.model.embed_input_ids(torch.zeros(K, dtype=torch.long), [features])
 
 
 def test_videos_and_images_without_an_end_are_refused_and_the_engine_lives_on(engine: Engine) -> None:

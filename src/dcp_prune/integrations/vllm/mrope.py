@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -160,8 +161,8 @@ def check_marks(prompt: Sequence[int], image_token_id: int) -> None:
     Raises:
         InvalidInputError: there is one.
     """
-    ends = zip(prompt, [*prompt[1:], image_token_id], strict=True)
-    if any(token == after == image_token_id for token, after in ends):
+    image = np.asarray(prompt) == image_token_id
+    if (image & np.append(image[1:], True)).any():
         raise InvalidInputError(
             "an image placeholder is followed by another one or by nothing, so that its end cannot be told; put text "
             "or the model's mark for the end of an image behind it"
