@@ -9,6 +9,10 @@ class InvalidInputError(DcpPruneError, ValueError):
     """A value the user gave cannot be used: a budget, an image, a question, features with NaN."""
 
 
+class NonFiniteError(InvalidInputError):
+    """Features, attention or text hold NaN or inf, so that nothing can be chosen by them."""
+
+
 class MissingSignalError(DcpPruneError):
     """A pruner needs a signal (the [CLS] attention, the question, ...) that the tokens do not carry."""
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError, MissingSignalError
+from dcp_prune.errors import InvalidInputError, MissingSignalError, NonFiniteError
 from dcp_prune.integrations.transformers import ShortInputs, encode_images, prune_inputs
 from dcp_prune.pruners.base import Pruner, ScorePruner
 from dcp_prune.registry import make_pruner
@@ -285,11 +285,20 @@ def test_images_that_lose_tokens_at_their_own_pace_equal_images_alone(
         torch.testing.assert_close(together.features[row], short.features[0], rtol=1e-3, atol=1e-3)
 
 
-def test_an_image_that_is_no_number_is_refused_inside_the_encoder_too(deep_model: Any, make_inputs: MakeInputs) -> None:
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("flowcut", r"attention at encoder layer \d holds NaN or inf"),
+        ("dcp_progressive", "visual features hold NaN or inf"),
+    ],
+)
+def test_an_image_that_is_no_number_is_refused_inside_the_encoder_too(
+    deep_model: Any, make_inputs: MakeInputs, name: str, sentence: str
+) -> None:
     inputs = make_inputs("<image> what")
     inputs["pixel_values"][0, 0, 3, 5] = float("nan")
-    with pytest.raises(InvalidInputError, match=r"attention at encoder layer \d holds NaN or inf"):
-        prune_inputs(deep_model, inputs, make_pruner("flowcut", num_tokens=4))
+    with pytest.raises(NonFiniteError, match=sentence):
+        prune_inputs(deep_model, inputs, make_pruner(name, num_tokens=4))
 
 
 def test_inputs_can_be_used_again_after_beams_rewrote_them(model: Any, make_inputs: MakeInputs, pruner: Pruner) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +43,17 @@ def test_the_plugin_loads_without_vllm_or_anything_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
     assert done.stdout.startswith("register")
     assert not {"'vllm'", "'torch'", "'transformers'"} & set(done.stdout.split(", "))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_where_vllm_has_to_be_tested_its_absence_is_a_failure() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/vllm_plugin"]
+    asked = {**os.environ, "DCP_PRUNE_TEST_VLLM": "1"}
+    done = subprocess.run(
+        command, check=False, cwd=Path(__file__).parents[2], env=asked, text=True, capture_output=True
+    )
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "vLLM is not installed, so nothing of it would be tested; run: make test-vllm" in done.stderr
 
 
 def test_architectures_are_mapped_by_name() -> None:

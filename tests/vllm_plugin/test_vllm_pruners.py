@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Engine, Question, Reference
+from engines import Engine, Question, Reference, difference
+from PIL import Image
 from prometheus_client import REGISTRY
 
-from dcp_prune.errors import MissingSignalError
+from dcp_prune.errors import MissingSignalError, NonFiniteError
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.integrations.vllm.images import ImagePruner
 from dcp_prune.integrations.vllm.request import ImageRequest
@@ -140,6 +141,38 @@ def test_the_profile_run_of_vllm_is_not_counted(start: Start) -> None:
 def test_engines_that_could_not_prune_do_not_start(start: Start, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Exception, match=sentence):
         start("deep", num_tokens=K, **options)
+
+
+@pytest.mark.parametrize("name", ["dcp", "flowcut", "dcp_progressive"])
+def test_an_image_without_finite_features_costs_its_own_request_only(
+    start: Start, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    def breaks_on_white(_: Any, args: Any, hidden: torch.Tensor) -> torch.Tensor:
+        white = args[0].flatten(1).amin(dim=1) > 1.5
+        return hidden.masked_fill(white[:, None, None], torch.nan)
+
+    engine = start("deep", num_tokens=K, pruner=name)
+    good = [Question(PROMPT, (make_image(seed),)) for seed in range(2)]
+    broken = Question(PROMPT, (Image.new("RGB", make_image(0).size, "white"),))
+    expected = engine.ask(*good)
+    engine.forget()
+    hook = engine.model.vision_tower.vision_model.embeddings.register_forward_hook(breaks_on_white)
+    try:
+        first, senseless, second = engine.ask(good[0], broken, good[1])
+        (after,) = engine.ask(good[0])
+    finally:
+        hook.remove()
+    assert senseless.logprobs.isnan().any()
+    assert "NaN or inf, so no selection is meaningful" in caplog.text
+    for answer, alone in ((first, expected[0]), (second, expected[1]), (after, expected[0])):
+        assert difference(answer, alone) < 1e-4
+
+
+def test_a_model_that_gives_no_finite_features_of_a_made_up_picture_is_broken(engine: Engine) -> None:
+    size = engine.model.config.vision_config.image_size
+    inputs = {"pixel_values": torch.full((1, 3, size, size), torch.nan)}
+    with pytest.raises(NonFiniteError):
+        kept_in_vllm(engine, Settings(num_tokens=K), inputs, [ImageRequest.of(K, (), None)])
 
 
 def test_encoded_images_must_have_as_many_rows_as_the_budget(start: Start, engine: Engine) -> None:

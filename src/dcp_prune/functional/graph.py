@@ -31,7 +31,8 @@ class ContextGraph:
         """For each of the n tokens the slot of its strongest anchor; an anchor's own slot for itself. `b n`."""
         b, m = self.anchors.shape
         own = torch.arange(m, device=self.anchors.device).expand(b, m)
-        absorbed = own.new_empty(b, m + self.contexts.shape[1]).scatter(1, self.anchors, own)
+        # With NaN features an anchor is chosen twice; what is then nobody's must still be a slot, not stale memory.
+        absorbed = own.new_zeros(b, m + self.contexts.shape[1]).scatter(1, self.anchors, own)
         return absorbed.scatter(1, self.contexts, self.slots[..., 0])
 
 

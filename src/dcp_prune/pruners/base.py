@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dcp_prune.budget import Budget, Scope, is_range
-from dcp_prune.errors import InvalidInputError, MissingSignalError
+from dcp_prune.errors import InvalidInputError, MissingSignalError, NonFiniteError
 from dcp_prune.functional.selection import masked_topk
 from dcp_prune.functional.similarity import gather_tokens, widened
 from dcp_prune.pruners.batching import join_tiles, regroup, split_tiles, take_rows
@@ -159,7 +159,7 @@ class Pruner(ABC):
         the scope `tile`, every tile is pruned by itself, and `stats` have a row per tile.
 
         Raises:
-            InvalidInputError: features, attention or text hold NaN or inf.
+            NonFiniteError: features, attention or text hold NaN or inf.
             MissingSignalError: the tokens lack a signal that this pruner needs.
         """
         padded = self._guard(tokens)
@@ -234,7 +234,7 @@ class Pruner(ABC):
         *totals, unpadded = torch.stack([*sums, tokens.mask.all().float()]).tolist()
         for (name, values), total in zip(read.items(), totals, strict=True):
             if not math.isfinite(total) and not torch.isfinite(values).all():
-                raise InvalidInputError(
+                raise NonFiniteError(
                     f"the {name} hold NaN or inf, so no selection is meaningful; check the image and the model's dtype"
                 )
         return not unpadded

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError
+from dcp_prune.errors import InvalidInputError, NonFiniteError
 from dcp_prune.pruners.base import EncoderStage, ScorePruner, missing_signals
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
@@ -55,7 +55,7 @@ class FlowCutStage(EncoderStage):
         """Keeps the best of the running score, `b n v` -> `b m v`; the m tokens of the image that keeps most.
 
         Raises:
-            InvalidInputError: the [CLS] attention holds NaN or inf.
+            NonFiniteError: the [CLS] attention holds NaN or inf.
             MissingSignalError: the tokens carry no [CLS] attention or values.
         """
         with torch.autocast(tokens.features.device.type, enabled=False):
@@ -97,7 +97,7 @@ class FlowCutStage(EncoderStage):
     def _drop(self, entropy: float, n: int) -> int:
         """Tokens to drop of n: few while [CLS] attends evenly, many once its attention has concentrated."""
         if not math.isfinite(entropy):
-            raise InvalidInputError(
+            raise NonFiniteError(
                 f"the [CLS] attention at encoder layer {self.layer} holds NaN or inf, so no selection is meaningful; "
                 "check the image and the model's dtype"
             )

@@ -3,6 +3,7 @@ transformers, in batches that vLLM makes of many prompts."""
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dcp_prune.errors import InvalidInputError
+from dcp_prune.errors import InvalidInputError, NonFiniteError
 from dcp_prune.integrations.stopwatch import Stopwatch
 from dcp_prune.integrations.vllm.cache import LRUCache, tensor_bytes
 from dcp_prune.integrations.vllm.metrics import Metrics
@@ -23,6 +24,8 @@ from dcp_prune.models import ImageLayout, ModelAdapter
 from dcp_prune.models.layout import plain_layout
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.tokens import Signal, VisualTokens
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,36 @@ class ImagePruner:
         kept: list[Tensor] = []
         for part in _parts(layouts, self.settings.max_images_per_batch):
             chosen = self.adapter.take(images, layouts, part)
-            kept += self._prune(chosen, layouts[part.start : part.stop], requests[part.start : part.stop])
+            kept += self._prune_apart(chosen, layouts[part.start : part.stop], requests[part.start : part.stop])
         return kept
+
+    def _prune_apart(
+        self, images: Mapping[str, Any], layouts: Sequence[ImageLayout], requests: Sequence[ImageRequest]
+    ) -> list[Float[Tensor, "k d"]]:
+        """`_prune`, where an image without finite features costs its own request only: an error would end the engine.
+
+        Such an image gets rows of NaN, which is what stock vLLM would read of it. One that vLLM measures itself by when
+        it starts is an error still, for then it is the model that is broken.
+        """
+        try:
+            return self._prune(images, layouts, requests)
+        except NonFiniteError as error:
+            if len(requests) > 1:
+                singles = [slice(image, image + 1) for image in range(len(requests))]
+                return [
+                    self._prune_apart(self.adapter.take(images, layouts, [one.start]), layouts[one], requests[one])[0]
+                    for one in singles
+                ]
+            if not requests[0].is_real:
+                raise
+            log.warning(
+                "%s; this image's request gets NaN in its place, as from stock vLLM, and the rest goes on", error
+            )
+            if self.metrics is not None:
+                self.metrics.count(nonfinite_images=1)
+            places = torch.arange(requests[0].num_tokens, device=images[self.adapter.image_inputs[0]][0].device)
+            senseless = torch.full_like(self.embed(torch.zeros_like(places)), torch.nan)
+            return [self.hand_over(senseless, places, layouts[0])]
 
     def _plan(self, num_tokens: int, layout: ImageLayout) -> _Plan:
         tile, n = layout.tile_size, sum(layout.tile_lengths)

@@ -51,6 +51,7 @@ class Metrics:
             "visual_tokens_after": "Visual tokens of the images in all prompts, after pruning.",
             "pruned_images": "Images for which tokens were chosen, those left out that vLLM had in its caches.",
             "reselected_images": "Those whose first choice lost too much, so that tokens were chosen again.",
+            "nonfinite_images": "Images whose features hold NaN or inf, so that no tokens could be chosen.",
             "stage1_lookups": "Images that were looked for among the encoded ones.",
             "stage1_hits": "Those found, so that the vision encoder was spared.",
         }
