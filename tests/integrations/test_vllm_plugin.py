@@ -58,6 +58,7 @@ def test_where_vllm_has_to_be_tested_its_absence_is_a_failure() -> None:
 
 def test_architectures_are_mapped_by_name() -> None:
     assert pruned_architecture("LlavaForConditionalGeneration") == "DcpLlavaForConditionalGeneration"
+    assert pruned_architecture("LlavaNextForConditionalGeneration") == "DcpLlavaNextForConditionalGeneration"
     assert pruned_architecture("BertModel") is None
 
 
@@ -74,6 +75,7 @@ def test_architectures_are_mapped_by_name() -> None:
         ({"num_tokens": 16, "options": 3}, "options must be an object"),
         ({"num_tokens": 16, "options": {"keep_ratio": 0.1}}, "the budget is num_tokens beside options"),
         ({"num_tokens": 16, "options": {"threshhold": 1}}, "did you mean threshold?"),
+        ({"num_tokens": 16, "options": {"scope": "tile"}}, "scope 'tile' lets the size of an image decide"),
         ({"num_tokens": 16, "turn_end": ""}, "turn_end must be a text"),
         ({"num_tokens": 16, "max_images_per_batch": 0}, "max_images_per_batch must be a whole number of at least 1"),
         ({"num_tokens": 16, "stage1_cache_mb": -1}, "stage1_cache_mb must be a whole number of at least 0"),

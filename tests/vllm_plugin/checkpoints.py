@@ -13,12 +13,16 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from tiny_llava import (
     BOS_ID,
@@ -35,7 +39,31 @@ from tiny_llava import (
 
 def make_deep(folder: Path) -> Path:
     """36 visual tokens behind 10 encoder layers with uneven attention, and heads as wide as vLLM wants them."""
-    torch.manual_seed(0)
+    config = LlavaConfig(**_parts(), image_token_index=IMAGE_ID, image_seq_length=NUM_TOKENS)
+    return _save(LlavaForConditionalGeneration, config, build_processor(), folder, sharpness=20.0)
+
+
+def make_next(folder: Path) -> Path:
+    """The same as a LLaVA-NeXT: an overview and 1 to 4 tiles of 36 patches."""
+    grids = [[rows * IMAGE_SIZE, cols * IMAGE_SIZE] for rows, cols in ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2))]
+    config = LlavaNextConfig(**_parts(), image_token_index=IMAGE_ID, image_grid_pinpoints=grids)
+    plain = build_processor()
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_grid_pinpoints=grids
+        ),
+        tokenizer=plain.tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=plain.chat_template,
+    )
+    return _save(LlavaNextForConditionalGeneration, config, processor, folder, sharpness=4.0)
+
+
+def _parts() -> dict[str, Any]:
+    """Configs of the encoder and the language model, and special tokens."""
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -57,15 +85,16 @@ def make_deep(folder: Path) -> Path:
         initializer_range=0.2,
         **special,
     )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_ID, image_seq_length=NUM_TOKENS, **special
-    )
-    model = LlavaForConditionalGeneration(config)
-    inner: Any = model.model
-    for layer in inner.vision_tower.encoder.layers:
-        layer.self_attn.q_proj.weight.data.mul_(20.0)
+    return {"vision_config": vision, "text_config": text, **special}
+
+
+def _save(architecture: Any, config: Any, processor: Any, folder: Path, *, sharpness: float) -> Path:
+    torch.manual_seed(0)
+    model = architecture(config)
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn.q_proj.weight.data.mul_(sharpness)
     model.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -35,7 +35,7 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`testbed`, and tiny random ones, as they are on the hub: with the inner names of CLIP towers."""
-    from checkpoints import as_on_the_hub, make_deep, make_qwen
+    from checkpoints import as_on_the_hub, make_deep, make_next, make_qwen
 
     from dcp_prune.testbed.load import checkpoint_path
 
@@ -43,6 +43,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "testbed": as_on_the_hub(checkpoint_path("weak"), folder / "testbed"),
         "deep": as_on_the_hub(make_deep(folder / "deep-made"), folder / "deep"),
+        "next": as_on_the_hub(make_next(folder / "next-made"), folder / "next"),
         "qwen": make_qwen(folder / "qwen"),
     }
 

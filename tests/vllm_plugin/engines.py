@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 
 from dcp_prune.eval.runner import Asked
 from dcp_prune.eval.testbed import TestbedQuestions
-from dcp_prune.integrations.transformers import prune
+from dcp_prune.integrations.transformers import TextScope, prune
 from dcp_prune.integrations.vllm import pruned_architecture
 from dcp_prune.integrations.vllm.settings import Settings
 
@@ -119,9 +119,9 @@ class Reference:
         self.model.generation_config.eos_token_id = None
         self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
 
-    def ask(self, question: Question, pruner: Any, steps: int = 3) -> Answer:
+    def ask(self, question: Question, pruner: Any, steps: int = 3, text_scope: TextScope = "after_image") -> Answer:
         inputs = self.processor(text=question.prompt, images=list(question.images), return_tensors="pt")
-        with torch.no_grad(), prune(self.model, pruner, processor=self.processor) as handle:
+        with torch.no_grad(), prune(self.model, pruner, processor=self.processor, text_scope=text_scope) as handle:
             out = self.model.generate(
                 **inputs,
                 max_new_tokens=steps,

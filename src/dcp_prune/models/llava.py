@@ -82,7 +82,7 @@ class LlavaAdapter(ModelAdapter):
         """What the model does to the features of tiles behind the encoder; see `Walk.encoded`."""
         return walk.encoded(self.model.model.multi_modal_projector(walk.encoder.features), layouts, with_encoder)
 
-    def stack_tiles(self, pixel_values: Tensor, layouts: Sequence[ImageLayout]) -> Float[Tensor, "t c y x"]:
+    def stack_tiles(self, pixel_values: Any, layouts: Sequence[ImageLayout]) -> Float[Tensor, "t c y x"]:
         """All tiles of all images, without those that only pad a batch."""
         return pixel_values
 

@@ -36,20 +36,21 @@ class LlavaNextAdapter(LlavaAdapter):
 
     def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
         pixels, sizes = images["pixel_values"], images.get("image_sizes")
-        if sizes is None or pixels.ndim != 5 or len(sizes) != len(pixels):
+        if sizes is None or any(tiles.ndim != 4 for tiles in pixels) or len(sizes) != len(pixels):
             given = "none" if sizes is None else f"{len(sizes)}"
+            shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else [tuple(tiles.shape) for tiles in pixels]
             raise InvalidInputError(
                 f"{self.architecture} takes pixel_values as images x tiles x channels x rows x columns with one of "
-                f"image_sizes for each, got shape {tuple(pixels.shape)} and {given}; make both with the model's "
-                "processor"
+                f"image_sizes for each, got shape {shape} and {given}; make both with the model's processor"
             )
         pictures = [(int(height), int(width)) for height, width in torch.as_tensor(sizes).tolist()]
         tiles = self.count_tiles(pictures, images)
-        if max(tiles) > pixels.shape[1]:
-            raise InvalidInputError(
-                f"an image of this size is cut into {max(tiles)} tiles, but pixel_values hold {pixels.shape[1]}; make "
-                "pixel_values and image_sizes in one call of the model's processor"
-            )
+        for cut, held in zip(tiles, map(len, pixels), strict=True):
+            if cut > held:
+                raise InvalidInputError(
+                    f"an image of this size is cut into {cut} tiles, but pixel_values hold {held}; make pixel_values "
+                    "and image_sizes in one call of the model's processor"
+                )
         keys = list(zip(pictures, tiles, strict=True))
         made = {key: self._layout(*key) for key in set(keys)}
         return [made[key] for key in keys]
@@ -62,7 +63,7 @@ class LlavaNextAdapter(LlavaAdapter):
             for picture in pictures
         ]
 
-    def stack_tiles(self, pixel_values: Tensor, layouts: Sequence[ImageLayout]) -> Float[Tensor, "t c y x"]:
+    def stack_tiles(self, pixel_values: Any, layouts: Sequence[ImageLayout]) -> Float[Tensor, "t c y x"]:
         return torch.cat([tiles[: layout.num_tiles] for tiles, layout in zip(pixel_values, layouts, strict=True)])
 
     def pack(self, tiles: Float[Tensor, "t n d"], picture: tuple[int, int], newline: Tensor) -> Float[Tensor, "N d"]:

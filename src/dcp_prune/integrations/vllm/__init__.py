@@ -12,6 +12,9 @@ from __future__ import annotations
 
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "dcp_prune.integrations.vllm.llava:DcpLlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": (
+        "dcp_prune.integrations.vllm.llava_next:DcpLlavaNextForConditionalGeneration"
+    ),
     "Qwen2_5_VLForConditionalGeneration": (
         "dcp_prune.integrations.vllm.qwen2_5_vl:DcpQwen2_5_VLForConditionalGeneration"
     ),

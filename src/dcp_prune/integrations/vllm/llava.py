@@ -16,10 +16,9 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from dcp_prune.errors import UnsupportedModelError
 from dcp_prune.integrations.vllm.model import PrunedModel, with_tower_names
 from dcp_prune.integrations.vllm.processor import PrunedProcessingInfo, PrunedProcessor
-from dcp_prune.integrations.vllm.tower import TowerView, stack_pixels
+from dcp_prune.integrations.vllm.tower import stack_pixels, view_tower
 from dcp_prune.models.llava import LlavaAdapter
 
 
@@ -38,14 +37,7 @@ class DcpLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGeneratio
     """Stock LLaVA, whose CLIP tower is walked as `LlavaAdapter` walks that of transformers."""
 
     def make_adapter(self) -> LlavaAdapter:
-        tower = getattr(self.vision_tower, "vision_model", None)
-        if tower is None:
-            raise UnsupportedModelError(
-                f"the vision tower {type(self.vision_tower).__name__} is no CLIP encoder with a [CLS] token, the only "
-                "kind of tower of LlavaForConditionalGeneration that can be pruned so far"
-            )
-        view: Any = TowerView(tower)
-        inner = SimpleNamespace(vision_tower=view, multi_modal_projector=self.multi_modal_projector)
+        inner = SimpleNamespace(vision_tower=view_tower(self), multi_modal_projector=self.multi_modal_projector)
         return LlavaAdapter(SimpleNamespace(config=self.config, model=inner))
 
     def image_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

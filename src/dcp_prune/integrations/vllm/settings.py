@@ -64,7 +64,7 @@ class Settings:
                 "a range of num_tokens lets the image decide how many stay, and vLLM has to know before it sees one; "
                 "give num_tokens as one number, without max_distance"
             )
-        if self.options.get("scope", "image") != "image":
+        if self.options.get("scope") == "tile":
             raise InvalidInputError(
                 "scope 'tile' lets the size of an image decide how many visual tokens it keeps, and here num_tokens is "
                 "the most that an image may have; leave scope out"

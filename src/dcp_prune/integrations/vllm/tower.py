@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dcp_prune.errors import UnsupportedModelError
+
 
 @dataclass(frozen=True)
 class AttentionView:
@@ -96,6 +98,21 @@ def over_all_heads(tp_size: int) -> Callable[[Tensor], Tensor] | None:
     from vllm.distributed import tensor_model_parallel_all_reduce
 
     return lambda mean: tensor_model_parallel_all_reduce(mean.contiguous()) / tp_size
+
+
+def view_tower(model: Any) -> Any:
+    """The view of a model's CLIP tower.
+
+    Raises:
+        UnsupportedModelError: the tower is of another kind.
+    """
+    tower = getattr(model.vision_tower, "vision_model", None)
+    if tower is None:
+        raise UnsupportedModelError(
+            f"the vision tower {type(model.vision_tower).__name__} is no CLIP encoder with a [CLS] token, the only "
+            f"kind of tower of {', '.join(model.config.architectures)} that can be pruned so far"
+        )
+    return TowerView(tower)
 
 
 def stack_pixels(pixels: Any) -> Float[Tensor, "i c y x"]:
