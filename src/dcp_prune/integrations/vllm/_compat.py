@@ -8,8 +8,8 @@ from importlib import import_module
 
 from dcp_prune.errors import UnsupportedModelError
 
-OLDEST, NEWEST = (0, 29), (0, 33)
-"""Minor releases of vLLM that this plug-in was written for, both included."""
+OLDEST, NEWEST = (0, 31), (0, 32)
+"""Minor releases of vLLM that the tests of this plug-in were run with, both included."""
 
 
 def check_version(version: str | None = None) -> None:
@@ -28,8 +28,8 @@ def check_version(version: str | None = None) -> None:
     known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
     if release < OLDEST:
         raise UnsupportedModelError(
-            f"vLLM {version} loses the question on its way to the model, so nothing can be chosen for it; "
+            f"vLLM {version} cannot load LLaVA beside the transformers that dcp-prune needs (5.19 or newer); "
             f"install {known}"
         )
     if found is None or release > NEWEST:
-        warnings.warn(f"dcp-prune knows vLLM {known}, and this is {version}; compare some answers first", stacklevel=2)
+        warnings.warn(f"dcp-prune was tested with vLLM {known}, and this is {version}; compare some answers first", stacklevel=2)
