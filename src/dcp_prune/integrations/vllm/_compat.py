@@ -32,4 +32,6 @@ def check_version(version: str | None = None) -> None:
             f"install {known}"
         )
     if found is None or release > NEWEST:
-        warnings.warn(f"dcp-prune was tested with vLLM {known}, and this is {version}; compare some answers first", stacklevel=2)
+        warnings.warn(
+            f"dcp-prune was tested with vLLM {known}, and this is {version}; compare some answers first", stacklevel=2
+        )
