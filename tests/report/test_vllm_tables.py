@@ -42,7 +42,7 @@ def test_a_soak_says_which_claims_do_not_hold():
         "seconds": 90.0,
         "concurrency": 32,
         "largest_logprob_difference": 2e-5,
-        "asked_again": 1,
+        "asked_again": {"ServerError": 1},
         "cache_misses_of_vllm": 2,
         "holds": {"no crash": True, "memory flat": False},
     }

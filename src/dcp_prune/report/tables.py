@@ -177,9 +177,9 @@ def soak(result: Result) -> str:
         f"{result['seconds'] / 60:.1f} minutes, {result['concurrency']} at a time. Resident memory after "
         f"{memory['warm_up_requests']:,} requests {memory['after_warm_up']:,.0f} MiB, at the end "
         f"{memory['at_end']:,.0f} MiB, at most {memory['largest']:,.0f} MiB. Largest difference of a logprob from "
-        f"transformers: {result['largest_logprob_difference']:.1e}. Asked once more after status 500: "
-        f"{result['asked_again']}; images that vLLM's processes disagreed about having in their caches: "
-        f"{result['cache_misses_of_vllm']}. {claims}."
+        f"transformers: {result['largest_logprob_difference']:.1e}. Asked once more, as OpenAI's client does after "
+        f"status 500 or a broken connection: {sum(result['asked_again'].values())}; images that vLLM's processes "
+        f"disagreed about having in their caches: {result['cache_misses_of_vllm']}. {claims}."
     )
 
 
