@@ -112,12 +112,14 @@ def pictures() -> Iterator[str]:
 def first_token(arm: Arm, image: str) -> float:
     """Seconds from sending a request to its first new token."""
     start, seconds = time.perf_counter(), None
-    with arm.server.client.stream("POST", "/v1/chat/completions", json=arm.body(image, stream=True)) as response:
+    body = arm.body(image, stream=True, max_tokens=1)
+    with arm.server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         response.raise_for_status()
         for line in response.iter_lines():  # to its end, so that the next request does not meet the rest of this one
             if seconds is None and line.startswith("data: {"):
                 choices = json.loads(line.removeprefix("data: "))["choices"]
-                if choices and choices[0]["delta"].get("content"):
+                # Random weights may write a token that is no text; then its end is what comes.
+                if choices and (choices[0]["delta"].get("content") or choices[0]["finish_reason"]):
                     seconds = time.perf_counter() - start
     if seconds is None:
         raise RuntimeError("an answer without a token")
@@ -235,6 +237,8 @@ def main() -> int:
     import vllm
 
     rows = []
+    if args.output.exists():  # other models stay as they were measured
+        rows = [row for row in json.loads(args.output.read_text())["results"] if row["model"] not in args.models]
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
             large = model == "vit-l-1b"
@@ -242,9 +246,10 @@ def main() -> int:
             rows += bench(model, Path(folder), rounds, blocks, args.requests)
         manifest: dict[str, Any] = {**environment()}
         manifest["packages"] = {**manifest["packages"], "vllm": vllm.__version__}
+        counts = ", ".join(f"{row['rounds']} rounds of {row['model']}" for row in rows if row["arm"] == "stock")
         result = {
-            "description": f"Medians of {args.rounds} rounds ({args.rounds_large} of the large model), and of "
-            f"{args.blocks} blocks of {args.requests} requests; {ANSWER} new tokens per request; caches off.",
+            "description": f"Medians of {counts}, and of blocks of {args.requests} requests; {ANSWER} new tokens per "
+            "request; caches off.",
             "results": rows,
             "environment": manifest,
         }
