@@ -120,7 +120,7 @@ def vllm(result: Result) -> str:
             for load in loads
         ]
         body.append([row["model"], names[row["arm"]], str(row["num_tokens"]), *times, *rates])
-    return f"{_markdown(header, body)}\n\n<sub>{result['description']}</sub>"
+    return _markdown(header, body)
 
 
 def vllm_answers(result: Result) -> str:
