@@ -2,13 +2,14 @@
 
     python tools/bench_vllm.py --models testbed vit-l-1b --output results/vllm-bench.json
 
-Two servers stand side by side and are asked one after the other: the stock one, and one with the plug-in, which is
-asked with a budget of all tokens, where nothing is pruned, and with 16. Every request has a picture that no server has
-seen, and no cache is on. Each round asks all of them in a new order about the same picture, and the stock server
-without a picture, which tells what a request costs that no pruning can spare. Ratios are taken within a round; what is
-reported are medians over the rounds, with 95 % bootstrap intervals of the ratios. Requests per second are those of
-whole blocks of requests; the large model answers single requests only. Needs the environment of `make test-vllm`, whose
-folder of tests has to be on PYTHONPATH.
+Three servers stand side by side and are asked one after the other, each while the others are stopped: two stock ones,
+of which the second tells how much two equal servers differ, and one with the plug-in, which is asked with a budget of
+all tokens, where nothing is pruned, and with 16. Every request has a picture that no server has seen, and no cache is
+on. Each round asks all of them in a new order about the same picture, and the stock server without a picture, which
+tells what a request costs that no pruning can spare. After some rounds all servers are started anew. Ratios are taken
+within a round; what is reported are medians over the rounds, with 95 % bootstrap intervals of the ratios, drawn over
+starts and over the rounds of a start. Requests per second are those of whole blocks of requests; the large model
+answers single requests only. Needs the environment of `make test-vllm`, whose folder of tests has to be on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import random
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,8 @@ ANSWER = 8
 CONCURRENCIES = (1, 8, 32)
 COLD = {"no-enable-prefix-caching": True, "mm-processor-cache-gb": 0, "limit-mm-per-prompt": {"image": 1}}
 DTYPES = {"testbed": "float32", "vit-l-1b": "bfloat16"}
+WARM_UP = {"testbed": 5, "vit-l-1b": 1}
+"""Requests to each arm that are not measured."""
 
 
 @dataclass(frozen=True)
@@ -142,95 +146,153 @@ def seconds_per_request(concurrency: int, images: list[str]) -> Callable[[Arm], 
     return measure
 
 
-def interleaved(arms: list[Arm], rounds: int, measure: Callable[[Arm], float], order: random.Random) -> dict[str, Any]:
-    """Arm -> medians of the measure and of its ratio to the first arm in the same round, with its 95 % interval."""
+def interleaved(
+    arms: list[Arm], rounds: int, measure: Callable[[Arm], float], order: random.Random
+) -> dict[str, list[float]]:
+    """Arm -> its measures, one a round. Servers are stopped before and after."""
     taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for _ in range(rounds):
         for arm in order.sample(arms, len(arms)):
+            arm.server.resume()
+            arm.server.ask(replace(arm, shows_picture=False).body("", max_tokens=1))  # wakes what slept
             taken[arm.name].append(measure(arm))
-    stock = np.array(taken[arms[0].name])
-    draws = np.random.default_rng(0).integers(rounds, size=(10_000, rounds))
+            arm.server.pause()
+    return taken
+
+
+def compare(starts: list[dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    """Arm -> medians of the measure and of its ratio to the first arm in the same round, with its 95 % interval.
+
+    Args:
+        starts: of all servers; of each the measures of `interleaved`.
+    """
+    stock = np.array([start["stock"] for start in starts])
+    num_starts, rounds = stock.shape
+    random = np.random.default_rng(0)
+    drawn_starts = random.integers(num_starts, size=(2_000, num_starts, 1))
+    drawn_rounds = random.integers(rounds, size=(2_000, num_starts, rounds))
     found = {}
-    for name, values in taken.items():
-        ratios = np.array(values) / stock
+    for name in starts[0]:
+        values = np.array([start[name] for start in starts])
+        ratios = values / stock
         found[name] = {
-            "seconds": median(values),
+            "value": float(np.median(values)),
             "ratio": float(np.median(ratios)),
-            "ratio_ci95": np.quantile(np.median(ratios[draws], axis=1), (0.025, 0.975)).tolist(),
-            "range": [min(values), max(values)],
+            "ratio_ci95": np.quantile(
+                np.median(ratios[drawn_starts, drawn_rounds], axis=(1, 2)), (0.025, 0.975)
+            ).tolist(),
+            "ratio_of_starts": np.median(ratios, axis=1).tolist(),
+            "range": [float(values.min()), float(values.max())],
         }
     return found
 
 
-def bench(model: str, folder: Path, rounds: int, blocks: int, requests: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Amount:
+    """How much is measured: after each of the starts so many rounds of single requests, and so many rounds of blocks
+    of requests."""
+
+    starts: int
+    rounds: int
+    blocks: int
+    requests: int
+
+
+def bench(model: str, folder: Path, amount: Amount) -> list[dict[str, Any]]:
     """The rows of one model."""
     checkpoint = CHECKPOINTS[model](folder / model)
-    options = {**COLD, "dtype": DTYPES[model], "max-num-batched-tokens": 8192, "kv-cache-memory-bytes": 2**28}
-    settings = {"num_tokens": N, "stage1_cache_mb": 0}
-    (folder / "stock").mkdir()
-    (folder / "plug-in").mkdir()
-    with (
-        Server(checkpoint, {}, options, folder / "stock") as stock,
-        Server(checkpoint, settings, options, folder / "plug-in") as plugin,
-    ):
-        arms = [Arm("stock", stock, None), Arm("all", plugin, None), Arm("pruned", plugin, K)]
-        single = [*arms, Arm("no picture", stock, None, shows_picture=False)]
-        fresh, order = pictures(), random.Random(0)
-
-        def on_one_picture(measure: Callable[[Arm, str], float]) -> Callable[[Arm], float]:
-            shown: dict[str, Iterator[str]] = {}
-            images = [next(fresh) for _ in range(rounds)]
-            return lambda arm: measure(arm, next(shown.setdefault(arm.name, iter(images))))
-
-        for arm in single:  # warm up
-            whole_request(arm, next(fresh))
-        first = interleaved(single, rounds, on_one_picture(first_token), order)
-        print(model, "time to first token", first, flush=True)
-        whole = interleaved(single, rounds, on_one_picture(whole_request), order)
-        print(model, "whole request", whole, flush=True)
-        throughput = {}
-        for concurrency in CONCURRENCIES if blocks else ():
-            measure = seconds_per_request(concurrency, [next(fresh) for _ in range(requests)])
-            throughput[concurrency] = interleaved(arms, blocks, measure, order)
-            print(model, concurrency, throughput[concurrency], flush=True)
+    fresh, order = pictures(), random.Random(0)
+    taken: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
+    for start in range(amount.starts):
+        below = folder / str(start)
+        below.mkdir()
+        for name, values in measure_start(model, checkpoint, below, amount, fresh, order).items():
+            taken[name].append(values)
+            print(model, name, json.dumps(compare(taken[name])), flush=True)
+    found = {name: compare(starts) for name, starts in taken.items()}
     return [
         {
             "model": model,
-            "rounds": rounds,
-            "arm": arm.name,
-            "num_tokens": (arm.num_tokens or N) if arm.shows_picture else 0,
-            "ttft": in_milliseconds(first[arm.name]),
-            "request": in_milliseconds(whole[arm.name]),
+            **asdict(amount),
+            "arm": arm,
+            "num_tokens": {"pruned": K, "no picture": 0}.get(arm, N),
+            "ttft": in_milliseconds(found["ttft"][arm]),
+            "request": in_milliseconds(found["request"][arm]),
             "throughput": {
-                str(load): {
-                    "requests_per_second": 1 / found[arm.name]["seconds"],
-                    "ratio": 1 / found[arm.name]["ratio"],
-                    "ratio_ci95": sorted(1 / bound for bound in found[arm.name]["ratio_ci95"]),
-                }
-                for load, found in throughput.items()
-                if arm.name in found
+                str(load): per_second(found[str(load)][arm])
+                for load in CONCURRENCIES
+                if arm in found.get(str(load), ())
             },
         }
-        for arm in single
+        for arm in found["ttft"]
     ]
+
+
+def measure_start(
+    model: str, checkpoint: Path, folder: Path, amount: Amount, fresh: Iterator[str], order: random.Random
+) -> dict[str, dict[str, list[float]]]:
+    """Measure -> arm -> values of one start of all servers."""
+    options = {**COLD, "dtype": DTYPES[model], "max-num-batched-tokens": 8192, "kv-cache-memory-bytes": 2**28}
+    plugin = {"num_tokens": N, "stage1_cache_mb": 0}
+    servers: dict[str, Server] = {}
+    with ExitStack() as stack:
+        for name in order.sample(["stock", "stock again", "plug-in"], 3):
+            (folder / name).mkdir()
+            settings = plugin if name == "plug-in" else {}
+            servers[name] = stack.enter_context(Server(checkpoint, settings, options, folder / name))
+        arms = [
+            Arm("stock", servers["stock"], None),
+            Arm("stock again", servers["stock again"], None),
+            Arm("all", servers["plug-in"], None),
+            Arm("pruned", servers["plug-in"], K),
+        ]
+        single = [*arms, Arm("no picture", servers["stock"], None, shows_picture=False)]
+        for arm in single:
+            for _ in range(WARM_UP[model]):
+                whole_request(arm, next(fresh))
+        for server in servers.values():
+            server.pause()
+
+        def on_one_picture(measure: Callable[[Arm, str], float]) -> Callable[[Arm], float]:
+            shown: dict[str, Iterator[str]] = {}
+            images = [next(fresh) for _ in range(amount.rounds)]
+            return lambda arm: measure(arm, next(shown.setdefault(arm.name, iter(images))))
+
+        taken = {
+            "ttft": interleaved(single, amount.rounds, on_one_picture(first_token), order),
+            "request": interleaved(single, amount.rounds, on_one_picture(whole_request), order),
+        }
+        for load in CONCURRENCIES if amount.blocks else ():
+            measure = seconds_per_request(load, [next(fresh) for _ in range(amount.requests)])
+            taken[str(load)] = interleaved(arms, amount.blocks, measure, order)
+        return taken
 
 
 def in_milliseconds(found: dict[str, Any]) -> dict[str, Any]:
     return {
-        "milliseconds": 1e3 * found["seconds"],
+        "milliseconds": 1e3 * found["value"],
         "milliseconds_range": [1e3 * bound for bound in found["range"]],
-        "ratio": found["ratio"],
-        "ratio_ci95": found["ratio_ci95"],
+        **{name: found[name] for name in ("ratio", "ratio_ci95", "ratio_of_starts")},
+    }
+
+
+def per_second(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "requests_per_second": 1 / found["value"],
+        "ratio": 1 / found["ratio"],
+        "ratio_ci95": sorted(1 / bound for bound in found["ratio_ci95"]),
+        "ratio_of_starts": [1 / ratio for ratio in found["ratio_of_starts"]],
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CHECKPOINTS), default=list(CHECKPOINTS))
-    parser.add_argument("--rounds", type=int, default=151, help="of one request each")
-    parser.add_argument("--rounds-large", type=int, default=7, help="the same for the large model")
-    parser.add_argument("--blocks", type=int, default=7, help="of many requests, for each number of them at a time")
+    parser.add_argument("--starts", type=int, default=6, help="of all servers of the testbed")
+    parser.add_argument("--rounds", type=int, default=80, help="of one request each, after each start")
+    parser.add_argument("--blocks", type=int, default=2, help="of many requests, for each number of them at a time")
     parser.add_argument("--requests", type=int, default=64, help="in such a block")
+    parser.add_argument("--rounds-large", type=int, default=7, help="of one start of the large model")
     parser.add_argument("--output", type=Path, default=Path("results/vllm-bench.json"))
     args = parser.parse_args()
     check_writable(args.output)
@@ -241,15 +303,19 @@ def main() -> int:
         rows = [row for row in json.loads(args.output.read_text())["results"] if row["model"] not in args.models]
     for model in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            large = model == "vit-l-1b"
-            rounds, blocks = (args.rounds_large, 0) if large else (args.rounds, args.blocks)
-            rows += bench(model, Path(folder), rounds, blocks, args.requests)
+            amount = Amount(args.starts, args.rounds, args.blocks, args.requests)
+            if model == "vit-l-1b":
+                amount = Amount(1, args.rounds_large, 0, 0)
+            rows += bench(model, Path(folder), amount)
         manifest: dict[str, Any] = {**environment()}
         manifest["packages"] = {**manifest["packages"], "vllm": vllm.__version__}
-        counts = ", ".join(f"{row['rounds']} rounds of {row['model']}" for row in rows if row["arm"] == "stock")
+        counts = ", ".join(
+            f"{row['starts']} x {row['rounds']} of {row['model']}" for row in rows if row["arm"] == "stock"
+        )
+        block = next((row["requests"] for row in rows if row["throughput"]), 0)
         result = {
-            "description": f"Medians of {counts}, and of blocks of {args.requests} requests; {ANSWER} new tokens per "
-            "request; caches off.",
+            "description": f"Medians of starts x rounds, {counts}, and of blocks of {block} requests; {ANSWER} new "
+            "tokens per request; caches off.",
             "results": rows,
             "environment": manifest,
         }

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -109,6 +110,8 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         """Ends it and everything it started."""
+        with suppress(ProcessLookupError):
+            self.resume()
         family = self.family()
         self.process.send_signal(signal.SIGINT)
         alive = psutil.wait_procs(family, timeout=20)[1]
@@ -120,6 +123,14 @@ class Server:
     @property
     def log(self) -> Path:
         return self.folder / "server.log"
+
+    def pause(self) -> None:
+        """Stops its processes where they are. A worker of vLLM looks for work without rest for a second after each
+        request, so that servers side by side would take the processor from each other."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
 
     def family(self) -> list[psutil.Process]:
         """The server's process and all below it."""

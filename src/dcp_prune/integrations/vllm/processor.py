@@ -107,11 +107,6 @@ class PrunedProcessingInfo:
         n = self.get_num_image_tokens(image_width=size.width, image_height=size.height)
         return n, n
 
-    def tokens_left(self: Any, budget: int, size: Any, mm_kwargs: Mapping[str, object]) -> int:
-        """Visual tokens of an image in the prompt: all of them, if the budget is large enough, or those to keep."""
-        n, patches = self.count_tokens(size, mm_kwargs)
-        return n if budget >= n else min(budget, patches)
-
     def get_mm_max_tokens_per_item(self: Any, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         return {"image": min(self.settings.num_tokens, self.get_max_image_tokens())}
 
@@ -173,13 +168,13 @@ class PrunedProcessor:
     def _counts(self, images: Any, budget: int, mm_kwargs: Mapping[str, object]) -> list[tuple[int, int]]:
         """Of each image, its visual tokens without pruning and those of them that the prompt will hold; encoded images,
         and those known by name only, count as large ones."""
-        most = self.info.get_max_image_tokens()
-        counts = [(most, min(budget, most))] * len(images)
+        counts = []
         for image in range(len(images)):
-            if not isinstance(images, ENCODED) and images.get(image) is not None:
-                size = images.get_image_size(image)
-                n, _ = self.info.count_tokens(size, mm_kwargs)
-                counts[image] = n, self.info.tokens_left(budget, size, mm_kwargs)
+            if isinstance(images, ENCODED) or images.get(image) is None:
+                n = patches = self.info.get_max_image_tokens()
+            else:
+                n, patches = self.info.count_tokens(images.get_image_size(image), mm_kwargs)
+            counts.append((n, tokens_left(budget, n, patches)))
         return counts
 
     def _requests(
@@ -188,7 +183,8 @@ class PrunedProcessor:
         """What is asked of each image: the words only where something is left out of it."""
         settings: Settings = self.info.settings
         cut = [left < n for n, left in counts]
-        words = [text if own else () for text, own in zip(self.words.find(prompt, len(images)), cut, strict=True)]
+        found = self.words.find(prompt, len(images)) if any(cut) else [()] * len(images)
+        words = [text if own else () for text, own in zip(found, cut, strict=True)]
         if settings.needs_text and not all(text or not own for text, own in zip(words, cut, strict=True)):
             if not self._measures(prompt):
                 raise InvalidInputError(
@@ -223,23 +219,22 @@ class PrunedProcessor:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         images = mm_items.get("image")
         budget = int(hf_processor_mm_kwargs.get(NUM_TOKENS, self.info.settings.num_tokens))
-        encoded, most = isinstance(images, ENCODED), self.info.get_max_image_tokens()
         others = {name: value for name, value in hf_processor_mm_kwargs.items() if name not in (NUM_TOKENS, REQUESTS)}
 
         def cut(replacement: Any) -> Callable[[int], list[int]]:
             def tokens_of(image: int) -> list[int]:
                 whole: Any = replacement(image) if callable(replacement) else replacement
                 tokens = list(whole)
-                if not encoded:
+                if not isinstance(images, ENCODED):
                     size = images.get_image_size(image)
-                    n, _ = self.info.count_tokens(size, others)
+                    n, patches = self.info.count_tokens(size, others)
                     if len(tokens) != n:
                         raise InvalidInputError(
                             f"vLLM gives an image of {size.width} x {size.height} pixels {len(tokens)} visual tokens, "
                             f"and dcp-prune counts {n}; send it in another size, or serve the model without pruning"
                         )
-                    return tokens[: self.info.tokens_left(budget, size, others)]
-                if len(tokens) != min(budget, most):
+                    return tokens[: tokens_left(budget, n, patches)]
+                if len(tokens) != min(budget, self.info.get_max_image_tokens()):
                     raise InvalidInputError(
                         f"image_embeds have {len(tokens)} rows, but an image has {budget} visual tokens in this "
                         "request; send as many rows, pruned already, or the image itself"
@@ -252,6 +247,11 @@ class PrunedProcessor:
             replace(update, replacement=cut(update.replacement)) if update.modality == "image" else update
             for update in updates
         ]
+
+
+def tokens_left(budget: int, n: int, patches: int) -> int:
+    """Visual tokens of an image in the prompt: all `n` where the budget is that large, else some of its patches."""
+    return n if budget >= n else min(budget, patches)
 
 
 def cache_key(image: str, fingerprint: str, request: ImageRequest) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from dcp_prune.budget import is_range
@@ -110,18 +111,18 @@ class Settings:
         """The pruner, for this budget or the server's."""
         return make_pruner(self.pruner, **{**self.options, "num_tokens": num_tokens or self.num_tokens})
 
-    @property
+    @cached_property
     def reads_text(self) -> bool:
         """Whether what is kept of an image depends on the question."""
         pruner = self.make_pruner()
         return self.text_scope != "none" and Signal.TEXT in pruner.requires | pruner.optional
 
-    @property
+    @cached_property
     def needs_text(self) -> bool:
         """Whether nothing can be kept of an image without a question."""
         return Signal.TEXT in self.make_pruner().requires
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """What the kept tokens of an image depend on, beside image, words and budget."""
         return repr(replace(self.make_pruner(), num_tokens=1))
