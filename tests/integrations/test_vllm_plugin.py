@@ -18,7 +18,7 @@ from dcp_prune.errors import InvalidInputError, UnknownPrunerError, UnsupportedM
 from dcp_prune.integrations.vllm import pruned_architecture
 from dcp_prune.integrations.vllm._compat import check_version
 from dcp_prune.integrations.vllm.cache import LRUCache, tensor_bytes
-from dcp_prune.integrations.vllm.request import ImageRequest, from_fields, to_fields
+from dcp_prune.integrations.vllm.request import ImageRequest, from_inputs, to_inputs
 from dcp_prune.integrations.vllm.settings import Settings
 from dcp_prune.integrations.vllm.words import Words, turn_ends
 from dcp_prune.registry import list_pruners
@@ -161,14 +161,14 @@ def test_the_end_of_a_turn_is_read_from_the_chat_template() -> None:
 
 def test_requests_survive_the_way_to_the_model() -> None:
     requests = [ImageRequest.of(16, (3, 4), "a"), ImageRequest.of(4, (), "b"), ImageRequest.of(4, (5,), None)]
-    assert from_fields(to_fields(requests)) == requests
+    assert from_inputs(to_inputs(requests)) == requests
     assert [request.is_real for request in requests] == [True, True, False]
     assert len({request.key for request in requests}) == 3
 
 
 def test_requests_that_were_lost_on_the_way_are_missed() -> None:
     with pytest.raises(InvalidInputError, match="without their budget and question"):
-        from_fields({"pixel_values": torch.zeros(1)})
+        from_inputs({"pixel_values": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("asked", [17, 0, -1, 2.0, "8", True])

@@ -15,7 +15,7 @@ from vllm.multimodal.parse import ImageSize
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.vllm.images import ImagePruner
-from dcp_prune.integrations.vllm.request import ImageRequest, to_fields
+from dcp_prune.integrations.vllm.request import ImageRequest, to_inputs
 from dcp_prune.integrations.vllm.settings import Settings
 from dcp_prune.registry import get_pruner, make_pruner
 from dcp_prune.tokens import Signal
@@ -176,7 +176,7 @@ def test_sizes_that_do_not_fit_the_tiles_are_refused(engine: Engine) -> None:
 
     def embed(num_tokens: int, **images: Any) -> None:
         with torch.inference_mode():
-            model.embed_multimodal(**images, **to_fields([ImageRequest.of(num_tokens, (5,), "a")]))
+            model.embed_multimodal(**images, **to_inputs([ImageRequest.of(num_tokens, (5,), "a")]))
 
     with pytest.raises(InvalidInputError, match=r"image_sizes for each, got shape .* and none"):
         embed(16, pixel_values=tiles.unsqueeze(0))

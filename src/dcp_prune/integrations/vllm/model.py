@@ -13,7 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from dcp_prune.errors import UnsupportedModelError
 from dcp_prune.integrations.vllm.images import ImagePruner
 from dcp_prune.integrations.vllm.metrics import Metrics
-from dcp_prune.integrations.vllm.request import FIELDS, from_fields
+from dcp_prune.integrations.vllm.request import FIELD, from_inputs
 from dcp_prune.integrations.vllm.settings import Settings
 from dcp_prune.models import ImageLayout, ModelAdapter
 
@@ -60,11 +60,11 @@ class PrunedModel:
         kept. `image_embeds`, whose rows were checked with the prompt, pass as they are."""
         if self.image_pruner is None or kwargs.get(self.image_pruner.adapter.image_inputs[0]) is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        requests, images = from_fields(kwargs), self.image_inputs(kwargs)
+        requests, images = from_inputs(kwargs), self.image_inputs(kwargs)
         layouts = self.image_pruner.adapter.layouts(images)
         whole = [request.num_tokens == len(layout) for request, layout in zip(requests, layouts, strict=True)]
         if all(whole):
-            stock = {name: value for name, value in kwargs.items() if name not in FIELDS}
+            stock = {name: value for name, value in kwargs.items() if name != FIELD}
             return super().embed_multimodal(**stock)  # type: ignore[misc]
         parts = [[image for image, own in enumerate(whole) if own == which] for which in (True, False)]
         unpruned, pruned = (self.image_pruner.adapter.take(images, layouts, part) for part in parts)

@@ -19,7 +19,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.integrations.vllm.metrics import Metrics
-from dcp_prune.integrations.vllm.request import FIELDS, ImageRequest, to_fields
+from dcp_prune.integrations.vllm.request import FIELD, ImageRequest, to_inputs
 from dcp_prune.integrations.vllm.settings import Settings
 from dcp_prune.integrations.vllm.words import Words, turn_ends
 
@@ -61,7 +61,7 @@ class RequestingProcessor:
         kwargs.pop(NUM_TOKENS, None)
         output = self.processor(*args, **kwargs)
         if requests is not None:
-            output.update(to_fields(requests))
+            output.update(to_inputs(requests))
         return output
 
 
@@ -210,7 +210,7 @@ class PrunedProcessor:
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
         stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
-        return {**stock, **{name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in FIELDS}}
+        return {**stock, FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any

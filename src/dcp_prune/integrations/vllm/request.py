@@ -12,8 +12,9 @@ import torch
 
 from dcp_prune.errors import InvalidInputError
 
-FIELDS = ("dcp_num_tokens", "dcp_text_ids", "dcp_image_key")
-"""Names of the model's inputs that carry it."""
+FIELD = "dcp_request"
+"""Name of the model's input that carries it: of each image its budget, its key and its words in one row, for every
+input of its own costs each request time on the way."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,22 @@ class ImageRequest:
         return self.key != (0, 0)
 
 
-def to_fields(requests: Sequence[ImageRequest]) -> dict[str, Any]:
-    """The requests as tensors, one entry an image."""
-    return {
-        "dcp_num_tokens": torch.tensor([request.num_tokens for request in requests], dtype=torch.long),
-        "dcp_text_ids": [torch.tensor(request.text_ids, dtype=torch.long) for request in requests],
-        "dcp_image_key": torch.tensor([request.key for request in requests], dtype=torch.long).reshape(-1, 2),
-    }
+def to_inputs(requests: Sequence[ImageRequest]) -> dict[str, Any]:
+    """The requests as an input of the model, one row an image."""
+    rows = [(request.num_tokens, *request.key, *request.text_ids) for request in requests]
+    return {FIELD: [torch.tensor(row, dtype=torch.long) for row in rows]}
 
 
-def from_fields(inputs: Mapping[str, Any]) -> list[ImageRequest]:
+def from_inputs(inputs: Mapping[str, Any]) -> list[ImageRequest]:
     """The requests of a batch of images, which vLLM put together from several prompts.
 
     Raises:
         InvalidInputError: they were lost on the way.
     """
-    if any(name not in inputs for name in FIELDS):
+    if FIELD not in inputs:
         raise InvalidInputError(
             "images reached the model without their budget and question, so they cannot be pruned; this vLLM processes "
             "images in a way that dcp-prune does not know, install one of those that it names at the start"
         )
-    budgets, texts, keys = (list(inputs[name]) for name in FIELDS)
-    return [
-        ImageRequest(int(budget), tuple(text.tolist()), (int(key[0]), int(key[1])))
-        for budget, text, key in zip(budgets, texts, keys, strict=True)
-    ]
+    rows = [row.tolist() for row in inputs[FIELD]]
+    return [ImageRequest(budget, tuple(text), (first, second)) for budget, first, second, *text in rows]
