@@ -198,8 +198,8 @@ class Amount:
     requests: int
 
 
-def bench(model: str, folder: Path, amount: Amount) -> list[dict[str, Any]]:
-    """The rows of one model."""
+def bench(model: str, folder: Path, amount: Amount) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one model, after each start of its servers."""
     checkpoint = CHECKPOINTS[model](folder / model)
     fresh, order = pictures(), random.Random(0)
     taken: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
@@ -208,24 +208,23 @@ def bench(model: str, folder: Path, amount: Amount) -> list[dict[str, Any]]:
         below.mkdir()
         for name, values in measure_start(model, checkpoint, below, amount, fresh, order).items():
             taken[name].append(values)
-            print(model, name, json.dumps(compare(taken[name])), flush=True)
-    found = {name: compare(starts) for name, starts in taken.items()}
-    return [
-        {
-            "model": model,
-            **asdict(amount),
-            "arm": arm,
-            "num_tokens": {"pruned": K, "no picture": 0}.get(arm, N),
-            "ttft": in_milliseconds(found["ttft"][arm]),
-            "request": in_milliseconds(found["request"][arm]),
-            "throughput": {
-                str(load): per_second(found[str(load)][arm])
-                for load in CONCURRENCIES
-                if arm in found.get(str(load), ())
-            },
-        }
-        for arm in found["ttft"]
-    ]
+        found = {name: compare(starts) for name, starts in taken.items()}
+        yield [
+            {
+                "model": model,
+                **asdict(replace(amount, starts=start + 1)),
+                "arm": arm,
+                "num_tokens": {"pruned": K, "no picture": 0}.get(arm, N),
+                "ttft": in_milliseconds(found["ttft"][arm]),
+                "request": in_milliseconds(found["request"][arm]),
+                "throughput": {
+                    str(load): per_second(found[str(load)][arm])
+                    for load in CONCURRENCIES
+                    if arm in found.get(str(load), ())
+                },
+            }
+            for arm in found["ttft"]
+        ]
 
 
 def measure_start(
@@ -285,6 +284,25 @@ def per_second(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def write(output: Path, rows: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
+    """Puts the rows of one model in the place of those that stand there; other models stay as they were measured."""
+    if output.exists():
+        old = json.loads(output.read_text())["results"]
+        rows = sorted(
+            [row for row in old if row["model"] != rows[0]["model"]] + rows,
+            key=lambda row: list(CHECKPOINTS).index(row["model"]),
+        )
+    counts = ", ".join(f"{row['starts']} x {row['rounds']} of {row['model']}" for row in rows if row["arm"] == "stock")
+    block = next((row["requests"] for row in rows if row["throughput"]), 0)
+    result = {
+        "description": f"Medians of starts x rounds, {counts}, and of blocks of {block} requests; {ANSWER} new tokens "
+        "per request; caches off.",
+        "results": rows,
+        "environment": manifest,
+    }
+    write_atomically(output, to_json(result).encode())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CHECKPOINTS), default=list(CHECKPOINTS))
@@ -298,28 +316,16 @@ def main() -> int:
     check_writable(args.output)
     import vllm
 
-    rows = []
-    if args.output.exists():  # other models stay as they were measured
-        rows = [row for row in json.loads(args.output.read_text())["results"] if row["model"] not in args.models]
     for model in args.models:
+        amount = Amount(args.starts, args.rounds, args.blocks, args.requests)
+        if model == "vit-l-1b":
+            amount = Amount(1, args.rounds_large, 0, 0)
         with tempfile.TemporaryDirectory() as folder:
-            amount = Amount(args.starts, args.rounds, args.blocks, args.requests)
-            if model == "vit-l-1b":
-                amount = Amount(1, args.rounds_large, 0, 0)
-            rows += bench(model, Path(folder), amount)
-        manifest: dict[str, Any] = {**environment()}
-        manifest["packages"] = {**manifest["packages"], "vllm": vllm.__version__}
-        counts = ", ".join(
-            f"{row['starts']} x {row['rounds']} of {row['model']}" for row in rows if row["arm"] == "stock"
-        )
-        block = next((row["requests"] for row in rows if row["throughput"]), 0)
-        result = {
-            "description": f"Medians of starts x rounds, {counts}, and of blocks of {block} requests; {ANSWER} new "
-            "tokens per request; caches off.",
-            "results": rows,
-            "environment": manifest,
-        }
-        write_atomically(args.output, to_json(result).encode())
+            for rows in bench(model, Path(folder), amount):  # what ends early has its starts so far
+                manifest: dict[str, Any] = {**environment()}
+                manifest["packages"] = {**manifest["packages"], "vllm": vllm.__version__}
+                write(args.output, rows, manifest)
+                print(f"{model}: {rows[0]['starts']} of {amount.starts} starts", flush=True)
     return 0
 
 

@@ -15,6 +15,7 @@ import pytest
 from checkpoints import PLACEHOLDER
 from engines import Question, Reference
 from servers import ENVIRONMENT, OPTIONS, Server, chat, data_url, flags, overrides
+from test_vllm_llava_next import LARGE, WIDE, ask_about
 from test_vllm_qwen import make_picture
 from test_vllm_server import CLOSE, IMAGES, SCENES, TOP, body, difference, gap
 
@@ -59,14 +60,28 @@ def test_two_processes_answer_as_one(
     assert answering == (2 if way == "data" else 1)
 
 
-def test_two_ranks_keep_the_same_tokens_of_windowed_encoders(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    alone = Reference(checkpoints["qwen"])
-    pruned = {"architectures": ["DcpQwen2_5_VLForConditionalGeneration"], "dcp_prune": {"num_tokens": 8}}
-    pictures, text = [make_picture(seed, *size) for seed, size in enumerate(((12, 3), (4, 11)))], "what is this dog"
-    with Server(checkpoints["qwen"], {}, {"hf-overrides": pruned, "tensor-parallel-size": 2}, tmp_path) as server:
+SIZES = {
+    "next": ("DcpLlavaNextForConditionalGeneration", "<image>", [ask_about(size).images[0] for size in (WIDE, LARGE)]),
+    "qwen": ("DcpQwen2_5_VLForConditionalGeneration", PLACEHOLDER, [make_picture(0, 12, 3), make_picture(1, 4, 11)]),
+}
+"""Checkpoint -> its architecture, what stands for an image in a prompt, and pictures of sizes of their own."""
+
+
+@pytest.mark.parametrize(("name", "encoder"), [("next", "weights"), ("qwen", "weights"), ("qwen", "data")])
+def test_two_ranks_keep_the_same_tokens_of_images_of_many_sizes(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, encoder: str
+) -> None:
+    alone, text = Reference(checkpoints[name]), "what is this dog"
+    architecture, placeholder, pictures = SIZES[name]
+    options = {
+        "hf-overrides": {"architectures": [architecture], "dcp_prune": {"num_tokens": 8}},
+        "tensor-parallel-size": 2,
+        "mm-encoder-tp-mode": encoder,
+    }
+    with Server(checkpoints[name], {}, options, tmp_path) as server:
         answers = [server.ask(chat(text, data_url(picture), **TOP)) for picture in pictures]
     for picture, answer in zip(pictures, answers, strict=True):
-        question = Question(f"USER: {PLACEHOLDER} {text} ASSISTANT: ", (picture,))
+        question = Question(f"USER: {placeholder} {text} ASSISTANT: ", (picture,))
         expected = alone.ask(question, make_pruner("dcp", num_tokens=8))
         assert gap(answer, expected) < CLOSE
 
