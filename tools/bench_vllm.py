@@ -316,14 +316,14 @@ def main() -> int:
     check_writable(args.output)
     import vllm
 
+    manifest: dict[str, Any] = {**environment()}
+    manifest["packages"] = {**manifest["packages"], "vllm": vllm.__version__}
     for model in args.models:
         amount = Amount(args.starts, args.rounds, args.blocks, args.requests)
         if model == "vit-l-1b":
             amount = Amount(1, args.rounds_large, 0, 0)
         with tempfile.TemporaryDirectory() as folder:
             for rows in bench(model, Path(folder), amount):  # what ends early has its starts so far
-                manifest: dict[str, Any] = {**environment()}
-                manifest["packages"] = {**manifest["packages"], "vllm": vllm.__version__}
                 write(args.output, rows, manifest)
                 print(f"{model}: {rows[0]['starts']} of {amount.starts} starts", flush=True)
     return 0
