@@ -102,7 +102,7 @@ def vllm(result: Result) -> str:
     header += [f"requests/s, {load} at a time" for load in loads]
     names = {
         "stock": "stock vLLM",
-        "stock again": "a second one",
+        "stock again": "stock vLLM, a second server",
         "all": "plug-in, nothing pruned",
         "pruned": "plug-in, pruned",
         "no picture": "stock vLLM, no picture",
