@@ -17,7 +17,7 @@ import pytest
 import vllm
 from openai import OpenAI
 from PIL import Image
-from servers import ENVIRONMENT, Server, data_url
+from servers import ENVIRONMENT, Server, chat, data_url
 
 from dcp_prune.testbed.seeds import TUNING
 from dcp_prune.testbed.world import make_scene
@@ -29,6 +29,7 @@ MODEL = "llava-hf/llava-1.5-7b-hf"
 K = 16
 SCENE = make_scene(TUNING.start + 10, "crowded")
 QUESTION = SCENE.questions[0]
+MESSAGES: Any = chat(QUESTION.text, data_url(Image.fromarray(SCENE.image)))["messages"]
 
 
 class Pasted(Server):
@@ -67,16 +68,11 @@ def block(start: str, language: str = "bash") -> str:
     return found
 
 
-def messages() -> Any:
-    image = {"type": "image_url", "image_url": {"url": data_url(Image.fromarray(SCENE.image))}}
-    return [{"role": "user", "content": [image, {"type": "text", "text": QUESTION.text}]}]
-
-
 def test_the_command_that_stands_there_serves_a_pruned_model(environment: dict[str, str], tmp_path: Path) -> None:
     with Pasted(block("vllm serve"), environment, tmp_path) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
         answer = client.chat.completions.create(
-            model=MODEL, messages=messages(), extra_body={"add_special_tokens": True}, temperature=0, max_tokens=4
+            model=MODEL, messages=MESSAGES, extra_body={"add_special_tokens": True}, temperature=0, max_tokens=4
         )
     assert K < answer.usage.prompt_tokens < K + 64
     assert (answer.choices[0].message.content or "").strip() == QUESTION.answer
@@ -87,17 +83,19 @@ def test_the_command_that_is_printed_serves_budgets_and_metrics(environment: dic
     printed = subprocess.run(["bash", "-c", command], env=environment, check=True, capture_output=True, text=True)
     asks = block("client.chat", "python")
     with Pasted(printed.stdout, environment, tmp_path) as server:
-        names: dict[str, Any] = {"client": OpenAI(base_url=f"{server.url}/v1", api_key="none"), "messages": messages()}
+        names: dict[str, Any] = {"client": OpenAI(base_url=f"{server.url}/v1", api_key="none"), "messages": MESSAGES}
         asks = asks.replace("model=...", f"model={MODEL!r}").replace("messages=...", "messages=messages")
         answer = eval(asks, names)
         metrics = server.client.get("/metrics").text
     assert 8 < answer.usage.prompt_tokens < 8 + 64
-    for name in re.findall(r"`(dcp_prune:\w+)`", PAGE):
+    named = re.findall(r"`(dcp_prune:\w+)`", PAGE)
+    assert named
+    for name in named:
         assert f"\n{name}" in metrics, name
 
 
 def test_the_batch_runner_as_it_is_called_there_answers_a_file(environment: dict[str, str], tmp_path: Path) -> None:
-    body = {"model": MODEL, "messages": messages(), "add_special_tokens": True, "temperature": 0, "max_tokens": 4}
+    body = {"model": MODEL, "messages": MESSAGES, "add_special_tokens": True, "temperature": 0, "max_tokens": 4}
     request = {"custom_id": "0", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (tmp_path / "asked.jsonl").write_text(json.dumps(request) + "\n")
     command = ["bash", "-c", block("vllm run-batch")]
