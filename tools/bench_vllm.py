@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from servers import Server, chat, data_url
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-from dcp_prune.eval.environment import environment
+from dcp_prune.environment import environment
 from dcp_prune.files import check_writable, to_json, write_atomically
 from dcp_prune.profiling.latency import build_config, build_model
 from dcp_prune.testbed.language import IMAGE, SPECIAL, make_tokenizer

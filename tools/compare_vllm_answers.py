@@ -26,10 +26,11 @@ import numpy as np
 from checkpoints import as_on_the_hub
 from engines import Engine, answers_to
 
-from dcp_prune.eval.environment import environment
-from dcp_prune.eval.methods import plan
-from dcp_prune.eval.stats import accuracy, paired_difference
-from dcp_prune.eval.testbed import Answers, Evaluation, TestbedQuestions, answer_id, evaluate, summarise
+from dcp_prune.environment import environment
+from dcp_prune.eval.data.testbed import TestbedQuestions, answer_id
+from dcp_prune.eval.evaluate import Answers, Evaluation, evaluate, summarise
+from dcp_prune.eval.specs import plan
+from dcp_prune.eval.statistics.intervals import accuracy, paired_difference
 from dcp_prune.files import check_writable, to_json, write_atomically
 from dcp_prune.testbed.load import checkpoint_path, load
 from dcp_prune.testbed.seeds import HELD_OUT
@@ -42,7 +43,7 @@ def compare(evaluation: Evaluation, expected: Answers, engine: Engine, tokenizer
     source = TestbedQuestions(range(evaluation.seeds[0], evaluation.seeds[-1] + 1), DIFFICULTY, len(evaluation.task))
     asked, answers = answers_to(engine, source)
     words = np.array([answer.ids[0] for answer in answers])
-    right = words == np.array([answer_id(tokenizer, question.answer) for question, _ in asked])
+    right = words == np.array([answer_id(tokenizer, question.truths[0]) for question in asked])
     differing = np.flatnonzero(words != expected.words)
     shares = {"vllm": right, "transformers": expected.correct}
     return {
@@ -55,9 +56,9 @@ def compare(evaluation: Evaluation, expected: Answers, engine: Engine, tokenizer
         "encoded_images": engine.encoded_images if expected.method.pruner else None,
         "differing": [
             {
-                "question": asked[place][1].key,
-                "text": asked[place][0].text,
-                "right": asked[place][0].answer,
+                "question": asked[place].key,
+                "text": asked[place].text,
+                "right": asked[place].truths[0],
                 "vllm": tokenizer.decode([int(words[place])]),
                 "transformers": tokenizer.decode([int(expected.words[place])]),
                 "logprob_gap": float(

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcp_prune.eval.environment import environment
-from dcp_prune.eval.methods import ALL_TOKENS, Method
-from dcp_prune.eval.testbed import evaluate, summarise
+from dcp_prune.environment import environment
+from dcp_prune.eval.evaluate import evaluate, summarise
+from dcp_prune.eval.specs import ALL_TOKENS, Method
 from dcp_prune.files import check_writable, write_atomically
 from dcp_prune.pruners.base import ScorePruner
 from dcp_prune.testbed.load import CHECKPOINTS, load

@@ -19,8 +19,8 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from dcp_prune.eval.methods import Method, TextCondition
-from dcp_prune.eval.testbed import evaluate
+from dcp_prune.eval.evaluate import evaluate
+from dcp_prune.eval.specs import Method, TextCondition
 from dcp_prune.pruners.dcp import DCPPruner
 from dcp_prune.testbed.load import CHECKPOINTS, load
 from dcp_prune.testbed.seeds import TUNING

@@ -35,7 +35,7 @@ from engines import Answer, Question, Reference
 from PIL import Image
 from servers import Server, chat, data_url
 
-from dcp_prune.eval.environment import environment
+from dcp_prune.environment import environment
 from dcp_prune.files import check_writable, to_json, write_atomically
 from dcp_prune.registry import make_pruner
 from dcp_prune.testbed.language import prompt

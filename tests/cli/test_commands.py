@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcp_prune.eval import testbed as evaluation_module
-from dcp_prune.eval.testbed import Answers, Evaluation, Method
+from dcp_prune.eval import evaluate as evaluation_module
+from dcp_prune.eval.evaluate import Answers, Evaluation
+from dcp_prune.eval.specs import Method
 from dcp_prune.models import supported_architectures
 from dcp_prune.registry import list_pruners, make_pruner
 from dcp_prune.testbed.world import TASKS

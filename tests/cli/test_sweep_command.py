@@ -75,7 +75,8 @@ def test_without_the_extra_it_says_what_to_install(
 
     from dcp_prune import eval as package
 
-    monkeypatch.delitem(sys.modules, "dcp_prune.eval.records")
+    for name in [name for name in sys.modules if name.startswith("dcp_prune.eval.records")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(package, "records")
     monkeypatch.setattr(builtins, "__import__", without_polars)
     outcome = dcp_prune(*SWEEP.split())

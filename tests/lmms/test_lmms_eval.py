@@ -22,7 +22,8 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 
 from dcp_prune.errors import InvalidInputError, UnknownPrunerError, UnsupportedModelError
-from dcp_prune.eval.testbed import evaluate, plan
+from dcp_prune.eval.evaluate import evaluate
+from dcp_prune.eval.specs import plan
 from dcp_prune.testbed.load import checkpoint_path, load
 from dcp_prune.testbed.seeds import TUNING
 from dcp_prune.testbed.world import Scene, make_scene

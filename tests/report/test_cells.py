@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from dcp_prune.errors import RecordsError
-from dcp_prune.report.cells import digest, load_cells
+from dcp_prune.report.results import digest, load_cells
 
 ONES = np.ones(240)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dcp_prune.report.cells import digest
 from dcp_prune.report.pages import main
+from dcp_prune.report.results import digest
 from dcp_prune.report.tables import draw_table
 
 PROJECT = Path(__file__).parents[2]

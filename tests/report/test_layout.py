@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dcp_prune.eval.resampling import Interval
+from dcp_prune.eval.statistics.bootstrap import Interval
 from dcp_prune.report.layout import Number, Table
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dcp_prune.report.cells import PLAIN, load_cells
 from dcp_prune.report.predictors import Prediction
+from dcp_prune.report.results import PLAIN, load_cells
 from dcp_prune.report.scores import GapError, Scores
 
 

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from dcp_prune.eval.resampling import Interval, Resampling, area_under_curve
-from dcp_prune.eval.stats import paired_difference
+from dcp_prune.eval.statistics.bootstrap import Interval, Resampling
+from dcp_prune.eval.statistics.intervals import paired_difference
+from dcp_prune.eval.statistics.ranking import area_under_curve
 
 
 def test_the_first_draw_is_the_sample_and_every_draw_has_as_many_images():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dcp_prune.report.cells import load_cells
+from dcp_prune.report.results import load_cells
 from dcp_prune.report.scores import GapError, Scores
 
 TASK = np.tile(np.arange(6) % 3, 40)  # counting, existence, reading

@@ -16,9 +16,9 @@ from PIL import Image
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.report.build import build, write
-from dcp_prune.report.cells import load_cells
 from dcp_prune.report.pages import main as pages
 from dcp_prune.report.predictors import Prediction
+from dcp_prune.report.results import load_cells
 from dcp_prune.report.scores import Scores
 from dcp_prune.report.sections import SECTIONS, Analysis, Output
 from dcp_prune.report.targets import targets

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.testbed import Method, evaluate, plan
+from dcp_prune.eval.evaluate import evaluate
+from dcp_prune.eval.specs import Method, plan
 from dcp_prune.testbed.card import card
 from dcp_prune.testbed.load import CHECKPOINTS, WEIGHTS, checkpoint_path, load, prompt
 from dcp_prune.testbed.seeds import TUNING

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.runner import Asked, Runner
-from dcp_prune.eval.testbed import evaluate, plan
+from dcp_prune.eval.asking.runner import Question, Runner
+from dcp_prune.eval.evaluate import evaluate
+from dcp_prune.eval.specs import plan
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.models import get_adapter
 from dcp_prune.registry import make_pruner
@@ -102,7 +103,8 @@ def test_answers_are_those_of_the_models_own_prompt(tiled: tuple[Any, Any], scen
     model, processor = tiled
     methods = plan(["none", "uniform"], [20])
     asked = [
-        Asked(f"{slot}", 0, question.text, prompt(question.text)) for slot, question in enumerate(scene.questions[:2])
+        Question(f"{slot}", 0, question.text, prompt(question.text))
+        for slot, question in enumerate(scene.questions[:2])
     ]
     everything, few = Runner(model, processor, methods).run([scene.image], asked)
     generated = list(Runner(model, processor, methods, max_new_tokens=1).run([scene.image], asked))

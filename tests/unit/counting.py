@@ -18,14 +18,15 @@ from typing import Any
 import polars as pl
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.methods import Method, plan
-from dcp_prune.eval.sweep import Block, Session, Source, sweep
+from dcp_prune.eval.data.questions import Block, QuestionSet, Session
+from dcp_prune.eval.specs import Method, plan
+from dcp_prune.eval.sweep import sweep
 
 METHODS = plan(["none", "random", "uniform"], [0, 8, 16])
 
 
 @dataclass(frozen=True)
-class CountingSource(Source):
+class CountingQuestions(QuestionSet):
     """Blocks of three questions; `fails` makes one block go wrong: `error`, `refusal` or `death`."""
 
     num_blocks: int = 5
@@ -43,24 +44,21 @@ class CountingSource(Source):
             for b in range(self.num_blocks)
         )
 
-    def check(self, methods: Sequence[Method]) -> None:
-        pass
-
     def open(self, distances: Sequence[str]) -> Session:
         return _Counting(self)
 
 
 class _Counting(Session):
-    def __init__(self, source: CountingSource) -> None:
-        self.source = source
+    def __init__(self, questions: CountingQuestions) -> None:
+        self.questions = questions
 
     def answer(self, block: Block, methods: Sequence[Method]) -> pl.DataFrame:
-        time.sleep(self.source.seconds)
-        if self.source.fails and block.number == 2:
-            if self.source.fails == "death":
+        time.sleep(self.questions.seconds)
+        if self.questions.fails and block.number == 2:
+            if self.questions.fails == "death":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise {"error": ValueError("something odd"), "refusal": InvalidInputError("not like this")}[
-                self.source.fails
+                self.questions.fails
             ]
         rows = [
             {
@@ -83,4 +81,4 @@ class _Counting(Session):
 
 
 if __name__ == "__main__":
-    sweep(CountingSource(40, seconds=0.05), METHODS, Path(sys.argv[1]), processes=int(sys.argv[2]))
+    sweep(CountingQuestions(40, seconds=0.05), METHODS, Path(sys.argv[1]), processes=int(sys.argv[2]))

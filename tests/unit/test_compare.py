@@ -12,8 +12,8 @@ from PIL import Image
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.eval.compare import Answers, Asked, Comparison, Cost, Work, compare, decide, too_few
-from dcp_prune.eval.jsonl import normalised
-from dcp_prune.eval.methods import parse_spec
+from dcp_prune.eval.data.scoring import normalised
+from dcp_prune.eval.specs import parse_spec
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.pruners.base import Pruner
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.distances import DISTANCE_NAMES, FLOOR, WEIGHTS, Reference, check_distances
+from dcp_prune.eval.asking.distances import DISTANCE_NAMES, FLOOR, WEIGHTS, Reference, check_distances
 from dcp_prune.functional.distribution import DISTANCES
 from dcp_prune.functional.relevance import question_relevance
 from dcp_prune.functional.similarity import scale_to_peak

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dcp_prune.eval import environment as module
-from dcp_prune.eval.environment import environment
+from dcp_prune import environment as module
+from dcp_prune.environment import environment
 
 
 def test_the_manifest_is_json_and_names_the_versions_in_use():

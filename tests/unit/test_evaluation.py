@@ -10,9 +10,11 @@ from PIL import Image
 
 from dcp_prune.assistant import Assistant
 from dcp_prune.errors import InvalidInputError, UnknownPrunerError
-from dcp_prune.eval import runner as runner_module
-from dcp_prune.eval import testbed as evaluation_module
-from dcp_prune.eval.testbed import Answers, Evaluation, Method, evaluate, plan, split_name, summarise
+from dcp_prune.eval.asking import runner as runner_module
+from dcp_prune.eval.data import testbed as testbed_module
+from dcp_prune.eval.data.testbed import split_name
+from dcp_prune.eval.evaluate import Answers, Evaluation, evaluate, summarise
+from dcp_prune.eval.specs import Method, plan
 from dcp_prune.registry import make_pruner
 from dcp_prune.testbed.model import make_model, make_processor
 from dcp_prune.testbed.seeds import HELD_OUT
@@ -168,7 +170,7 @@ def test_words_that_the_model_lacks_are_refused(assistant: Assistant, monkeypatc
         real.sign,
         (real.questions[0].__class__("existence", real.questions[0].text, "zebra"),),
     )
-    monkeypatch.setattr(evaluation_module, "make_scene", lambda seed, difficulty, grid: strange)
+    monkeypatch.setattr(testbed_module, "make_scene", lambda seed, difficulty, grid: strange)
     with pytest.raises(InvalidInputError, match="zebra"):
         evaluate(assistant.model, assistant.processor, METHODS[:1], HELD_OUT, 1)
 

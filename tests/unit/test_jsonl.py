@@ -12,11 +12,11 @@ from PIL import Image
 
 from dcp_prune.assistant import Assistant
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval import sources as sources_module
-from dcp_prune.eval.jsonl import exact_match, normalised, read_questions
-from dcp_prune.eval.methods import plan
+from dcp_prune.eval.data import jsonl as jsonl_module
+from dcp_prune.eval.data.jsonl import JsonlQuestions, read_questions
+from dcp_prune.eval.data.scoring import exact_match, normalised
 from dcp_prune.eval.records import read_records
-from dcp_prune.eval.sources import JsonlSource
+from dcp_prune.eval.specs import plan
 from dcp_prune.eval.sweep import sweep
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.registry import make_pruner
@@ -107,7 +107,7 @@ def test_any_of_the_right_answers_counts() -> None:
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, pristine_model: Any, processor: Any) -> Assistant:
     assistant = Assistant("toy", pristine_model, processor)
-    monkeypatch.setattr(sources_module, "_load", lambda name: assistant)
+    monkeypatch.setattr(jsonl_module, "load_quietly", lambda name: assistant)
     return assistant
 
 
@@ -117,7 +117,7 @@ METHODS = plan(["none", "cls_attention", "mmtok", "dcp", "mmtok@none", "dcp@none
 def test_a_sweep_gives_the_answers_that_single_questions_get(tmp_path: Path, loaded: Assistant) -> None:
     path = _write(tmp_path, *(_line(number) for number in range(5)))
     questions = read_questions(path)
-    sweep(JsonlSource("toy", path, questions, batch_size=2, max_new_tokens=3), METHODS, tmp_path / "r")
+    sweep(JsonlQuestions("toy", path, questions, batch_size=2, max_new_tokens=3), METHODS, tmp_path / "r")
     rows = read_records(tmp_path / "r").frame.to_dicts()
     assert len(rows) == 5 * len(METHODS)
     model, processor = loaded.model, loaded.processor
@@ -144,7 +144,7 @@ def test_a_sweep_gives_the_answers_that_single_questions_get(tmp_path: Path, loa
 
 def test_the_model_and_the_file_are_in_the_manifest(tmp_path: Path, loaded: Assistant) -> None:
     path = _write(tmp_path, _line(0), _line(1))
-    sweep(JsonlSource("toy", path, read_questions(path)), METHODS[:1], tmp_path / "r")
+    sweep(JsonlQuestions("toy", path, read_questions(path)), METHODS[:1], tmp_path / "r")
     manifest = read_records(tmp_path / "r").manifest
     assert manifest["model"] == {"name": "toy", "sha256": None}
     assert manifest["source"]["questions"] == 2
@@ -154,7 +154,7 @@ def test_the_model_and_the_file_are_in_the_manifest(tmp_path: Path, loaded: Assi
 def test_another_images_question_needs_another_image(tmp_path: Path, loaded: Assistant) -> None:
     path = _write(tmp_path, _line(0), _line(3))
     with pytest.raises(InvalidInputError, match="about one image"):
-        sweep(JsonlSource("toy", path, read_questions(path)), METHODS, tmp_path / "r")
+        sweep(JsonlQuestions("toy", path, read_questions(path)), METHODS, tmp_path / "r")
 
 
 def test_an_image_that_is_cut_short_is_named_with_its_line(tmp_path: Path, loaded: Assistant) -> None:
@@ -162,4 +162,4 @@ def test_an_image_that_is_cut_short_is_named_with_its_line(tmp_path: Path, loade
     picture = tmp_path / "1.png"
     picture.write_bytes(picture.read_bytes()[:200])
     with pytest.raises(InvalidInputError, match=r"line 2: .*1\.png"):
-        sweep(JsonlSource("toy", path, read_questions(path)), METHODS[:1], tmp_path / "r")
+        sweep(JsonlQuestions("toy", path, read_questions(path)), METHODS[:1], tmp_path / "r")

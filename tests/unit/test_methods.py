@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dcp_prune.errors import InvalidInputError, UnknownPrunerError
-from dcp_prune.eval.methods import TextCondition, parse_spec, plan
+from dcp_prune.eval.specs import TextCondition, parse_spec, plan
 
 
 def test_a_spec_names_a_pruner_its_options_and_what_it_reads() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from dcp_prune.eval.stats import fewest_images, images_needed, share_lower_bound
+from dcp_prune.eval.statistics.bounds import fewest_images, images_needed, share_lower_bound
 
 
 @pytest.mark.parametrize(("hits", "n"), [(1, 3), (3, 3), (50, 60), (99, 100), (980, 1000)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dcp_prune.eval.stats import accuracy, paired_difference, t_quantile
+from dcp_prune.eval.statistics.intervals import accuracy, paired_difference, t_quantile
 
 
 def _simulated(rng: np.random.Generator, images: int, questions: int, share: float, spread: float) -> np.ndarray:

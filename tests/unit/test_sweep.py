@@ -13,12 +13,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from counting import METHODS, CountingSource
+from counting import METHODS, CountingQuestions
 
 from dcp_prune.errors import DcpPruneError, InvalidInputError, RecordsError
-from dcp_prune.eval import records as records_module
-from dcp_prune.eval.methods import plan
 from dcp_prune.eval.records import SCHEMA, read_records
+from dcp_prune.eval.records import folder as folder_module
+from dcp_prune.eval.specs import plan
 from dcp_prune.eval.sweep import sweep
 
 SCRIPT = Path(__file__).parent / "counting.py"
@@ -39,7 +39,7 @@ def _expected(blocks: int) -> list[tuple[str, int, str]]:
 
 def test_every_method_answers_every_question_once(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    done = sweep(CountingSource(), METHODS, tmp_path / "r", progress=lambda done, total: told.append((done, total)))
+    done = sweep(CountingQuestions(), METHODS, tmp_path / "r", progress=lambda done, total: told.append((done, total)))
     assert _answers(tmp_path / "r") == _expected(5)
     assert (done.answers, done.new) == (90, 90)
     assert told == [(18 * block, 90) for block in range(6)]
@@ -49,16 +49,16 @@ def test_every_method_answers_every_question_once(tmp_path: Path) -> None:
 
 
 def test_processes_change_nothing(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS, tmp_path / "r", processes=2)
+    sweep(CountingQuestions(), METHODS, tmp_path / "r", processes=2)
     assert _answers(tmp_path / "r") == _expected(5)
 
 
 def test_a_second_sweep_adds_only_what_is_missing(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS[:2], tmp_path)
+    sweep(CountingQuestions(), METHODS[:2], tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
-    assert sweep(CountingSource(), METHODS, tmp_path).new == 4 * 15
+    assert sweep(CountingQuestions(), METHODS, tmp_path).new == 4 * 15
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert sweep(CountingSource(), METHODS, tmp_path).new == 0
+    assert sweep(CountingQuestions(), METHODS, tmp_path).new == 0
     assert _answers(tmp_path) == _expected(5)
     assert {cell[:2] for cell in read_records(tmp_path).cells()} == {row[:2] for row in _expected(5)}
 
@@ -70,21 +70,21 @@ def test_a_second_sweep_adds_only_what_is_missing(tmp_path: Path) -> None:
 )
 def test_what_was_finished_before_an_error_stays(tmp_path: Path, fails: str, complaint: str, processes: int) -> None:
     with pytest.raises(DcpPruneError, match=complaint):
-        sweep(CountingSource(fails=fails), METHODS, tmp_path, processes=processes)
+        sweep(CountingQuestions(fails=fails), METHODS, tmp_path, processes=processes)
     assert set(_answers(tmp_path)) <= set(_expected(5))
-    sweep(CountingSource(), METHODS, tmp_path)
+    sweep(CountingQuestions(), METHODS, tmp_path)
     assert _answers(tmp_path) == _expected(5)
 
 
 def test_a_worker_that_dies_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DcpPruneError, match="a worker process of the sweep died"):
-        sweep(CountingSource(fails="death"), METHODS, tmp_path, processes=2)
-    sweep(CountingSource(), METHODS, tmp_path)
+        sweep(CountingQuestions(fails="death"), METHODS, tmp_path, processes=2)
+    sweep(CountingQuestions(), METHODS, tmp_path)
     assert _answers(tmp_path) == _expected(5)
 
 
 def test_a_full_disk_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, written = records_module.write_atomically, []
+    real, written = folder_module.write_atomically, []
 
     def full_after_three(path: Path, data: bytes) -> None:
         if len(written) == 3:
@@ -92,13 +92,13 @@ def test_a_full_disk_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         written.append(path)
         real(path, data)
 
-    monkeypatch.setattr(records_module, "write_atomically", full_after_three)
+    monkeypatch.setattr(folder_module, "write_atomically", full_after_three)
     with pytest.raises(RecordsError, match=r"No space left on device.*what was finished is safe"):
-        sweep(CountingSource(), METHODS, tmp_path)
+        sweep(CountingQuestions(), METHODS, tmp_path)
     monkeypatch.undo()
     kept = _answers(tmp_path)
     assert len(kept) == 2 * 18  # the manifest and two parts
-    sweep(CountingSource(), METHODS, tmp_path)
+    sweep(CountingQuestions(), METHODS, tmp_path)
     assert _answers(tmp_path) == _expected(5)
 
 
@@ -120,7 +120,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     kept = _answers(tmp_path)
     assert 0 < len(kept) < len(_expected(40))
     assert len(set(kept)) == len(kept)
-    done = sweep(CountingSource(40), METHODS, tmp_path)
+    done = sweep(CountingQuestions(40), METHODS, tmp_path)
     assert done.new == len(_expected(40)) - len(kept)
     assert _answers(tmp_path) == _expected(40)
 
@@ -158,26 +158,26 @@ def test_workers_leave_when_their_parent_was_killed(tmp_path: Path) -> None:
 def test_two_sweeps_never_write_to_one_folder(tmp_path: Path) -> None:
     def second(done: int, total: int) -> None:
         with pytest.raises(RecordsError, match="another sweep is writing"):
-            sweep(CountingSource(), METHODS, tmp_path)
+            sweep(CountingQuestions(), METHODS, tmp_path)
 
-    sweep(CountingSource(), METHODS[:1], tmp_path, progress=second)
+    sweep(CountingQuestions(), METHODS[:1], tmp_path, progress=second)
 
 
 def test_compacting_keeps_every_row_and_goes_on_afterwards(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS[:2], tmp_path, compact=True)
+    sweep(CountingQuestions(), METHODS[:2], tmp_path, compact=True)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".parquet"] == ["records.parquet"]
     assert not list((tmp_path / "parts").iterdir())
-    sweep(CountingSource(), METHODS, tmp_path)
+    sweep(CountingQuestions(), METHODS, tmp_path)
     assert _answers(tmp_path) == _expected(5)
-    sweep(CountingSource(), METHODS, tmp_path, compact=True)
+    sweep(CountingQuestions(), METHODS, tmp_path, compact=True)
     assert _answers(tmp_path) == _expected(5)
 
 
 def test_compacted_records_need_no_folder_of_parts(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS, tmp_path, compact=True)
+    sweep(CountingQuestions(), METHODS, tmp_path, compact=True)
     (tmp_path / "parts").rmdir()  # as in a fresh clone: git keeps no empty folder
     assert _answers(tmp_path) == _expected(5)
-    assert sweep(CountingSource(), METHODS, tmp_path, compact=True).new == 0
+    assert sweep(CountingQuestions(), METHODS, tmp_path, compact=True).new == 0
     assert _answers(tmp_path) == _expected(5)
 
 
@@ -186,63 +186,63 @@ def test_compacting_that_is_killed_between_its_two_steps_counts_no_row_twice(
 ) -> None:
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: (_ for _ in ()).throw(OSError(5, "killed")))
     with pytest.raises(RecordsError):
-        sweep(CountingSource(), METHODS, tmp_path, compact=True)
+        sweep(CountingQuestions(), METHODS, tmp_path, compact=True)
     monkeypatch.undo()
     assert _answers(tmp_path) == _expected(5)
-    assert sweep(CountingSource(), METHODS, tmp_path, compact=True).new == 0
+    assert sweep(CountingQuestions(), METHODS, tmp_path, compact=True).new == 0
     assert not list((tmp_path / "parts").iterdir())
 
 
 @pytest.mark.parametrize(
     ("source", "specs", "complaint"),
     [
-        (CountingSource(6), ["random"], "questions is 15 there and 18 here"),
-        (CountingSource(name="other"), ["random"], "other questions"),
+        (CountingQuestions(6), ["random"], "questions is 15 there and 18 here"),
+        (CountingQuestions(name="other"), ["random"], "other questions"),
     ],
 )
 def test_other_questions_are_not_mixed_in(
-    tmp_path: Path, source: CountingSource, specs: list[str], complaint: str
+    tmp_path: Path, source: CountingQuestions, specs: list[str], complaint: str
 ) -> None:
-    sweep(CountingSource(), METHODS, tmp_path)
+    sweep(CountingQuestions(), METHODS, tmp_path)
     with pytest.raises(RecordsError, match=complaint):
         sweep(source, plan(specs, [8]), tmp_path)
 
 
 def test_one_label_never_stands_for_two_settings(tmp_path: Path) -> None:
-    sweep(CountingSource(), plan(["random"], [8]), tmp_path)
+    sweep(CountingQuestions(), plan(["random"], [8]), tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["methods"][0]["options"]["seed"] = 7  # as if the default had changed in between
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RecordsError, match=r"'random' with other options: seed is 7 there and 0 here"):
-        sweep(CountingSource(), plan(["random"], [8]), tmp_path)
+        sweep(CountingQuestions(), plan(["random"], [8]), tmp_path)
 
 
 def test_other_distances_are_not_mixed_in(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS[:1], tmp_path)
+    sweep(CountingQuestions(), METHODS[:1], tmp_path)
     with pytest.raises(RecordsError, match=r"distances \[\], not \['mmd'\]"):
-        sweep(CountingSource(), METHODS[:1], tmp_path, distances=["mmd"])
+        sweep(CountingQuestions(), METHODS[:1], tmp_path, distances=["mmd"])
     with pytest.raises(InvalidInputError, match="did you mean coverage_relevance"):
-        sweep(CountingSource(), METHODS[:1], tmp_path, distances=["coverage_relevanc"])
+        sweep(CountingQuestions(), METHODS[:1], tmp_path, distances=["coverage_relevanc"])
 
 
 def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS[:1], tmp_path)
+    sweep(CountingQuestions(), METHODS[:1], tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    for use in (lambda: read_records(tmp_path), lambda: sweep(CountingSource(), METHODS[:1], tmp_path)):
+    for use in (lambda: read_records(tmp_path), lambda: sweep(CountingQuestions(), METHODS[:1], tmp_path)):
         with pytest.raises(RecordsError, match="of version 2, and this program reads version 1"):
             use()
 
 
 def test_a_part_that_is_cut_short_is_named_with_the_way_out(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS, tmp_path)
+    sweep(CountingQuestions(), METHODS, tmp_path)
     part = sorted((tmp_path / "parts").iterdir())[1]
     part.write_bytes(part.read_bytes()[:-100])
-    for use in (lambda: read_records(tmp_path), lambda: sweep(CountingSource(), METHODS, tmp_path)):
+    for use in (lambda: read_records(tmp_path), lambda: sweep(CountingQuestions(), METHODS, tmp_path)):
         with pytest.raises(RecordsError, match=f"{part.name} cannot be read, it may be cut short.*delete it"):
             use()
     part.unlink()
-    assert sweep(CountingSource(), METHODS, tmp_path).new == 18
+    assert sweep(CountingQuestions(), METHODS, tmp_path).new == 18
     assert _answers(tmp_path) == _expected(5)
 
 
@@ -259,13 +259,13 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_manifest_tells_where_a_resumed_sweep_went_on(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS[:1], tmp_path)
+    sweep(CountingQuestions(), METHODS[:1], tmp_path)
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["environment"]["commit"] = "another"
     path.write_text(json.dumps(manifest))
-    sweep(CountingSource(), METHODS, tmp_path)
-    sweep(CountingSource(), METHODS, tmp_path)
+    sweep(CountingQuestions(), METHODS, tmp_path)
+    sweep(CountingQuestions(), METHODS, tmp_path)
     manifest = read_records(tmp_path).manifest
     assert manifest["environment"]["commit"] == "another"
     assert len(manifest["resumed_in"]) == 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from counting import METHODS, CountingSource
+from counting import METHODS, CountingQuestions
 
 from dcp_prune.errors import DcpPruneError, InvalidInputError
 from dcp_prune.eval.records import read_records
@@ -26,12 +26,12 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.usefixtures("cluster")
 def test_tasks_of_a_cluster_leave_the_records_of_a_sweep_here(tmp_path: Path) -> None:
-    sweep(CountingSource(), METHODS, tmp_path / "here")
-    sweep(CountingSource(), METHODS, tmp_path / "ray", backend="ray", processes=0)
+    sweep(CountingQuestions(), METHODS, tmp_path / "here")
+    sweep(CountingQuestions(), METHODS, tmp_path / "ray", backend="ray", processes=0)
     order = ["method", "num_tokens", "question"]
     here, there = (read_records(tmp_path / name).frame.sort(order) for name in ("here", "ray"))
     assert here.equals(there)
-    assert sweep(CountingSource(), METHODS, tmp_path / "ray", backend="ray", processes=2).new == 0
+    assert sweep(CountingQuestions(), METHODS, tmp_path / "ray", backend="ray", processes=2).new == 0
 
 
 @pytest.mark.usefixtures("cluster")
@@ -43,6 +43,6 @@ def test_an_error_in_a_task_is_told_and_finished_parts_stay(
     tmp_path: Path, fails: str, kind: type[Exception], complaint: str
 ) -> None:
     with pytest.raises(kind, match=complaint):
-        sweep(CountingSource(fails=fails), METHODS, tmp_path, backend="ray", processes=1)
-    sweep(CountingSource(), METHODS, tmp_path)
+        sweep(CountingQuestions(fails=fails), METHODS, tmp_path, backend="ray", processes=1)
+    sweep(CountingQuestions(), METHODS, tmp_path)
     assert len(read_records(tmp_path).frame) == 90

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dcp_prune.environment import environment
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.environment import environment
 from dcp_prune.report.tables import cost, draw_table, published, views
 
 PROJECT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 
-from dcp_prune.eval.runner import Asked
-from dcp_prune.eval.testbed import TestbedQuestions
+from dcp_prune.eval.asking import runner
+from dcp_prune.eval.data.testbed import TestbedQuestions
 from dcp_prune.integrations.transformers import TextScope, prune
 from dcp_prune.integrations.vllm import pruned_architecture
 from dcp_prune.integrations.vllm.settings import Settings
@@ -134,12 +134,12 @@ class Reference:
         return Answer(kept, 0, tuple(out.sequences[0, -steps:].tolist()), logprobs)
 
 
-def answers_to(engine: Engine, source: TestbedQuestions) -> tuple[list[tuple[Any, Asked]], list[Answer]]:
+def answers_to(engine: Engine, source: TestbedQuestions) -> tuple[list[runner.Question], list[Answer]]:
     """The testbed's questions, which come in together, and the engine's answers of one word."""
     scenes = [source.scene(number) for number in range(source.images)]
-    asked = [each for number, scene in enumerate(scenes) for each in source.asked(scene, number, number, wrong=False)]
+    asked = [each for number, scene in enumerate(scenes) for each in source.asked(scene, number, number)]
     images = [Image.fromarray(scene.image) for scene in scenes]
-    questions = [Question(each.prompt, (images[each.image],)) for _, each in asked]
+    questions = [Question(each.prompt, (images[each.image],)) for each in asked]
     return asked, engine.ask(*questions, steps=1)
 
 

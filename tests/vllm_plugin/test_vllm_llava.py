@@ -11,8 +11,9 @@ import pytest
 from engines import Engine, Question, Reference, answers_to, difference
 from PIL import Image
 
-from dcp_prune.eval.methods import plan
-from dcp_prune.eval.testbed import TestbedQuestions, evaluate
+from dcp_prune.eval.data.testbed import TestbedQuestions
+from dcp_prune.eval.evaluate import evaluate
+from dcp_prune.eval.specs import plan
 from dcp_prune.integrations.vllm import processor as vllm_processor
 from dcp_prune.registry import make_pruner
 from dcp_prune.testbed.language import prompt

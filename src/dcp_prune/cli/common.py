@@ -155,7 +155,7 @@ def check_outputs(*paths: Path | None) -> None:
 
 
 def environment_now() -> dict[str, Any]:
-    from dcp_prune.eval.environment import environment
+    from dcp_prune.environment import environment
 
     return dict(environment())
 

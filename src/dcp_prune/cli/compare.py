@@ -75,7 +75,7 @@ def compare(
     check_outputs(json)
 
     from dcp_prune.eval import compare as comparing
-    from dcp_prune.eval.methods import plan
+    from dcp_prune.eval.specs import plan
 
     comparing.check_keep(keep)
     methods = plan(names, budgets)

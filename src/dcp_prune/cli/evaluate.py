@@ -72,7 +72,9 @@ def eval_(
         raise InvalidInputError(f"--limit must be at least 1 question, got {limit}")
     check_outputs(json)
 
-    from dcp_prune.eval.testbed import evaluate, plan, split_name, summarise
+    from dcp_prune.eval.data.testbed import split_name
+    from dcp_prune.eval.evaluate import evaluate, summarise
+    from dcp_prune.eval.specs import plan
     from dcp_prune.testbed.tiles import TILED_GRID, with_tiles
     from dcp_prune.testbed.world import GRID
 

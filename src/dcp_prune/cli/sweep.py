@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -102,12 +102,11 @@ def sweep(
         raise InvalidInputError(f"--processes must be at least 1, got {processes}")
 
     from dcp_prune.eval import records  # noqa: F401  # says what to install, where the extra is missing
-    from dcp_prune.eval.distances import DISTANCE_NAMES
-    from dcp_prune.eval.jsonl import read_questions
-    from dcp_prune.eval.methods import plan
-    from dcp_prune.eval.sources import JsonlSource, TestbedSource
+    from dcp_prune.eval.asking.distances import DISTANCE_NAMES
+    from dcp_prune.eval.data.jsonl import JsonlQuestions, read_questions
+    from dcp_prune.eval.data.testbed import TestbedQuestions
+    from dcp_prune.eval.specs import plan
     from dcp_prune.eval.sweep import sweep as run_sweep
-    from dcp_prune.eval.testbed import TestbedQuestions
     from dcp_prune.testbed.tiles import TILED_GRID
     from dcp_prune.testbed.world import GRID
 
@@ -117,18 +116,17 @@ def sweep(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if questions is None or model is None:
         grid = TILED_GRID if tiles else GRID
-        asked_of = TestbedQuestions(seeds, difficulty, limit or 1000, tuple(task or ()), grid)
-        source = TestbedSource(checkpoint, asked_of, tiles)
+        asked: Any = TestbedQuestions(seeds, difficulty, limit or 1000, tuple(task or ()), grid, checkpoint)
         processes = processes or (0 if ray else cores)
         threads = 1  # the model is so small that several processes beat several threads
     else:
-        asked = tuple(each for each in read_questions(questions) if not task or each.task in task)[:limit]
-        source = JsonlSource(model, questions, asked, batch_size, max_new_tokens)
+        own = tuple(each for each in read_questions(questions) if not task or each.task in task)[:limit]
+        asked = JsonlQuestions(model, questions, own, batch_size, max_new_tokens)
         processes = processes or 1
         threads = max(1, cores // processes)
     with progress_bar("Loading the model") as advance:
         swept = run_sweep(
-            source,
+            asked,
             methods,
             output,
             distances=DISTANCE_NAMES if distances else distance or (),

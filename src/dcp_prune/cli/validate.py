@@ -84,8 +84,8 @@ def validate(
     check_outputs(json)
     del difficulty, distances, compact  # nothing about them can be wrong
 
-    from dcp_prune.eval.distances import check_distances
-    from dcp_prune.eval.testbed import split_name
+    from dcp_prune.eval.asking.distances import check_distances
+    from dcp_prune.eval.data.testbed import split_name
 
     check_distances(distance or ())
     if seed_range is not None:

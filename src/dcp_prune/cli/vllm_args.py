@@ -50,7 +50,7 @@ def vllm_args(
     It needs this package and vLLM in the same environment. Paste it into a shell, and add options of vLLM at its end.
     """
     from dcp_prune.assistant import TESTBED_MODELS
-    from dcp_prune.eval.methods import QUESTION, parse_spec
+    from dcp_prune.eval.specs import QUESTION, parse_spec
     from dcp_prune.integrations.vllm import ARCHITECTURES, pruned_architecture
     from dcp_prune.integrations.vllm.settings import Settings
     from dcp_prune.testbed.load import checkpoint_path

@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedModel, ProcessorMixin
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.jsonl import normalised
-from dcp_prune.eval.methods import QUESTION, Method
-from dcp_prune.eval.stats import CONFIDENCE, fewest_images, images_needed, share_lower_bound
+from dcp_prune.eval.data.scoring import normalised
+from dcp_prune.eval.specs import QUESTION, Method
+from dcp_prune.eval.statistics.bounds import fewest_images, images_needed, share_lower_bound
+from dcp_prune.eval.statistics.intervals import CONFIDENCE
 from dcp_prune.functional.distribution import kappa
 from dcp_prune.images import load_image
 from dcp_prune.integrations.question import Question
@@ -103,7 +104,7 @@ class Answers:
     Attributes:
         method: who.
         texts: by question.
-        same: whether the text equals the unpruned one's, both as `eval.jsonl.normalised` leaves them. `q`.
+        same: whether the text equals the unpruned one's, both as `eval.data.scoring.normalised` leaves them. `q`.
         exact: whether it equals it to the letter. `q`.
         divergence: Kullback-Leibler divergence, in nats, of the first new token's distribution from that of the
             unpruned model, which is the reference: sum p_all log(p_all / p_pruned). `q`.

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 
 from dcp_prune.errors import DcpPruneError, InvalidInputError
-from dcp_prune.eval.jsonl import read_questions
-from dcp_prune.eval.methods import ALL_TOKENS, Method, Spec, parse_spec
+from dcp_prune.eval.data.jsonl import read_questions
+from dcp_prune.eval.specs import ALL_TOKENS, Method, Spec, parse_spec
 from dcp_prune.files import check_writable
 from dcp_prune.integrations.transformers import get_adapter, supported_architectures
 from dcp_prune.pruners.base import Pruner
@@ -65,13 +65,13 @@ class Plan:
     Attributes:
         name: of the model, as it was asked for.
         model: its folder, or its hub name.
-        pruners: as `eval.methods.parse_spec` reads them.
+        pruners: as `eval.specs.parse_spec` reads them.
         budgets: visual tokens to keep.
         questions: how many will be asked at most; None for all of `data`.
         tasks: of the testbed or of `data`, to narrow a sweep down.
         known_tasks: of the testbed.
         benchmarks: tasks of lmms-eval; if there are any, the run is one of lmms-eval, else a sweep.
-        data: questions instead of the testbed's, as `eval.jsonl.read_questions` reads them.
+        data: questions instead of the testbed's, as `eval.data.jsonl.read_questions` reads them.
         output: folder of the records or results.
         batch_size: prompts at once.
         max_new_tokens: of an answer.

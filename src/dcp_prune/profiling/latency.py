@@ -23,8 +23,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from dcp_prune.environment import environment
 from dcp_prune.errors import DcpPruneError, InvalidInputError, MissingSignalError
-from dcp_prune.eval.environment import environment
 from dcp_prune.files import check_writable, to_json, write_atomically
 from dcp_prune.integrations.transformers import encode_images, prune_inputs
 from dcp_prune.profiling.flops import llava_prefill_flops

@@ -25,8 +25,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from dcp_prune.environment import environment
 from dcp_prune.errors import DcpPruneError, InvalidInputError
-from dcp_prune.eval.environment import environment
 from dcp_prune.files import check_writable, to_json, write_atomically
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import list_pruners, make_pruner

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.resampling import RESAMPLES
+from dcp_prune.eval.statistics.bootstrap import RESAMPLES
 from dcp_prune.files import write_atomically
-from dcp_prune.report.cells import load_cells
+from dcp_prune.report.results import load_cells
 from dcp_prune.report.sections import SECTIONS, Analysis, Output
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dcp_prune.eval.resampling import Interval
+from dcp_prune.eval.statistics.bootstrap import Interval
 
 Mark = Literal["best", "tie"]
 

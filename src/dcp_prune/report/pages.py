@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dcp_prune.errors import DcpPruneError, InvalidInputError
 from dcp_prune.files import check_writable, write_atomically
-from dcp_prune.report.cells import find_records, load_cells
+from dcp_prune.report.results import find_records, load_cells
 from dcp_prune.report.sections import SECTIONS, Analysis, Output
 from dcp_prune.report.tables import TABLES, draw_table
 

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 
-from dcp_prune.eval.resampling import Interval, Resampling, area_under_curve
-from dcp_prune.report.cells import PLAIN
+from dcp_prune.eval.statistics.bootstrap import Interval, Resampling
+from dcp_prune.eval.statistics.ranking import area_under_curve
+from dcp_prune.report.results import PLAIN
 from dcp_prune.report.scores import GapError, Scores
 
 DRAWS = 1_000

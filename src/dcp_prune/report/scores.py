@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float
 
-from dcp_prune.eval.resampling import RESAMPLES, Interval, Resampling
-from dcp_prune.eval.stats import accuracy
-from dcp_prune.report.cells import OURS, Cell, Entry
+from dcp_prune.eval.statistics.bootstrap import RESAMPLES, Interval, Resampling
+from dcp_prune.eval.statistics.intervals import accuracy
+from dcp_prune.report.results import OURS, Cell, Entry
 
 
 class GapError(Exception):

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from dcp_prune.eval.resampling import RESAMPLES, Interval, Verdict
-from dcp_prune.report.cells import OURS, PLAIN, QUESTION, Cell, Entry, digest, pool
+from dcp_prune.eval.statistics.bootstrap import RESAMPLES, Interval, Verdict
 from dcp_prune.report.layout import TIE, Field, Mark, Number, Table
 from dcp_prune.report.predictors import Correlation, Prediction, Predictor
+from dcp_prune.report.results import OURS, PLAIN, QUESTION, Cell, Entry, digest, pool
 from dcp_prune.report.scores import GapError, Scores
 from dcp_prune.report.targets import RIVAL, run_time_target, targets, text_free, text_margin
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dcp_prune.eval.resampling import Interval
-from dcp_prune.report.cells import OURS, Cell
+from dcp_prune.eval.statistics.bootstrap import Interval
 from dcp_prune.report.predictors import Prediction
+from dcp_prune.report.results import OURS, Cell
 from dcp_prune.report.scores import GapError, Scores
 
 RIVAL = "mmtok"

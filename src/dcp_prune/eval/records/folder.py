@@ -11,7 +11,6 @@ method whose questions differ in that.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,40 +20,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dcp_prune.errors import DcpPruneError, RecordsError
-from dcp_prune.files import to_json, write_atomically
+import polars as pl
+from filelock import FileLock, Timeout
 
-try:
-    import polars as pl
-    from filelock import FileLock, Timeout
-except ModuleNotFoundError as missing:
-    raise DcpPruneError(
-        f"records of a sweep need {missing.name}, which is not installed; run: pip install 'dcp-prune[eval]'"
-    ) from missing
+from dcp_prune.errors import RecordsError
+from dcp_prune.eval.records.rows import KEY, SCHEMA, to_part
+from dcp_prune.files import to_json, write_atomically
 
 VERSION = 1
 """Of the layout; a folder of another version is refused."""
-
-_TEXT = pl.Categorical
-SCHEMA: Mapping[str, Any] = {
-    "method": _TEXT,
-    "pruner": _TEXT,
-    "num_tokens": pl.Int32,
-    "text": _TEXT,
-    "image": _TEXT,
-    "question": _TEXT,
-    "task": _TEXT,
-    "truth": _TEXT,
-    "answer": _TEXT,
-    "score": pl.Float32,
-    "kappa": pl.Float32,
-}
-"""Columns that every row has: `method` is the label, unique together with `num_tokens` (the budget, of a range the
-most; for `none` the image's count, or 0 without an image); `text` is what the pruner read; `score` lies in [0, 1];
-`kappa` is null without an image."""
-
-_KEY = ("method", "num_tokens", "question")
-_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -179,18 +153,6 @@ class RecordsFolder:
                 part.unlink()
 
 
-def to_part(rows: pl.DataFrame) -> bytes:
-    """Rows as the content of a parquet file: strings once each, distances to four significant digits."""
-    texts = [name for name, dtype in SCHEMA.items() if dtype is _TEXT]
-    distances = [name for name in rows.columns if name == "kappa" or name.startswith(("eval.", "run."))]
-    stream = io.BytesIO()
-    rows.with_columns(
-        *(pl.col(name).cast(_TEXT) for name in texts),
-        *(pl.col(name).cast(pl.Float32).round_sig_figs(_DIGITS) for name in distances),
-    ).write_parquet(stream, compression="zstd", compression_level=10)
-    return stream.getvalue()
-
-
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / "manifest.json"
     try:
@@ -222,7 +184,7 @@ def _read_rows(folder: Path) -> pl.DataFrame:
     if not frames:
         return pl.DataFrame(schema=dict(SCHEMA))
     rows = pl.concat(frames, how="diagonal_relaxed")
-    return rows.unique(subset=list(_KEY), keep="first", maintain_order=True) if compacted.is_file() else rows
+    return rows.unique(subset=list(KEY), keep="first", maintain_order=True) if compacted.is_file() else rows
 
 
 def _read_file(path: Path) -> pl.DataFrame:

@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.distances import Reference, check_distances
-from dcp_prune.eval.methods import QUESTION, Method, TextCondition
+from dcp_prune.eval.asking.distances import Reference, check_distances
+from dcp_prune.eval.specs import QUESTION, Method, TextCondition
 from dcp_prune.integrations.transformers import (
     EncodedImages,
     embed_question,
@@ -45,7 +45,7 @@ _PASS_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """One question.
 
     Attributes:
@@ -54,6 +54,7 @@ class Asked:
         text: the question itself, as a pruner may read it.
         prompt: what the language model reads, with one image placeholder.
         wrong: the question of the same slot of another image; needed by the condition `wrong` only.
+        picture, task, truths: what its record says: the image's name, the task, and what would be right.
     """
 
     key: str
@@ -61,6 +62,9 @@ class Asked:
     text: str
     prompt: str
     wrong: str | None = None
+    picture: str = ""
+    task: str = ""
+    truths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Runner:
         model: with an adapter, in evaluation mode.
         processor: its processor.
         methods: from `plan`.
-        distances: names in `eval.distances.DISTANCE_NAMES`, to be measured beside kappa.
+        distances: names in `eval.asking.distances.DISTANCE_NAMES`, to be measured beside kappa.
         max_new_tokens: None takes the most likely first token as the answer, and prefills an image once for all its
             questions; a number generates greedily, at most as many tokens.
 
@@ -149,7 +153,7 @@ class Runner:
         self._stages: dict[Method, Any] = {}
 
     @torch.inference_mode()
-    def run(self, images: Sequence[Any], asked: Sequence[Asked]) -> Iterator[Answered]:
+    def run(self, images: Sequence[Any], asked: Sequence[Question]) -> Iterator[Answered]:
         """What each method makes of these questions, in the order of the methods; `images` are RGB."""
         batch = _Batch(self, images, asked)
         passes = self._passes(batch)
@@ -340,7 +344,7 @@ class Runner:
 class _Batch:
     """Images with their questions, and what methods share of them."""
 
-    def __init__(self, runner: Runner, images: Sequence[Any], asked: Sequence[Asked]) -> None:
+    def __init__(self, runner: Runner, images: Sequence[Any], asked: Sequence[Question]) -> None:
         model, processor = runner.model, runner.processor
         self.runner = runner
         self.images = images

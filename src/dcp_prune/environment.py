@@ -38,7 +38,7 @@ def environment() -> Environment:
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         packages={name: _version(name) for name in _PACKAGES},
-        commit=_commit(Path(__file__).parents[3]),
+        commit=_commit(Path(__file__).parents[2]),
         cpu=_cpu(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),

@@ -1,22 +1,24 @@
-"""Questions from a JSONL file, checked before any model is loaded, and the usual way of scoring free answers."""
+"""Questions of a JSONL file for any supported model, checked before the model is loaded."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from dcp_prune.assistant import Assistant
 from dcp_prune.errors import InvalidInputError
-
-_NUMBERS: dict[str, str] = {
-    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
-_ARTICLES = frozenset({"a", "an", "the"})
+from dcp_prune.eval.asking.runner import Question
+from dcp_prune.eval.data.questions import Block, QuestionSet, describe_model, load_quietly
+from dcp_prune.eval.data.scoring import exact_match
+from dcp_prune.eval.specs import Method
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,108 @@ def read_questions(path: str | Path) -> tuple[JsonlQuestion, ...]:
     return tuple(found.values())
 
 
+@dataclass(frozen=True)
+class JsonlQuestions(QuestionSet):
+    """Questions of a JSONL file for any supported model; answers are generated and compared after normalisation.
+
+    Attributes:
+        model: a testbed model's name, a folder, or a hub name.
+        path: of the file.
+        questions: from `read_questions`, those that are asked.
+        batch_size: questions that are answered at once.
+        max_new_tokens: where an answer is cut off at the latest; None takes its first token.
+
+    Raises:
+        InvalidInputError: no question is left, or a number below 1.
+    """
+
+    model: str
+    path: Path
+    questions: tuple[JsonlQuestion, ...]
+    batch_size: int = 8
+    max_new_tokens: int | None = 16
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise InvalidInputError(f"no question of {self.path} is left; ask for tasks that it holds")
+        for name, value in (("batch_size", self.batch_size), ("max_new_tokens", self.max_new_tokens)):
+            if value is not None and value < 1:
+                raise InvalidInputError(f"{name} must be at least 1, got {value}")
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked = "\n".join(repr((q.id, q.question, q.answers, q.task)) for q in self.questions)
+        return describe_model(self.model), {
+            "kind": "jsonl",
+            "path": str(self.path),
+            "sha256": hashlib.sha256(asked.encode()).hexdigest(),
+            "images": len(self._by_image),
+            "questions": len(self.questions),
+            "tasks": list(dict.fromkeys(question.task for question in self.questions)),
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:  # type: ignore[override]
+        starts = range(0, len(self.questions), self.batch_size)
+        return tuple(
+            Block(number, items, tuple(self.questions[i].id for i in items))
+            for number, start in enumerate(starts)
+            for items in (range(start, min(start + self.batch_size, len(self.questions))),)
+        )
+
+    def check(self, methods: Sequence[Method]) -> None:
+        """The condition `wrong` needs a second image."""
+        if len(self._by_image) < 2:
+            for method in methods:
+                if method.text.kind == "wrong":
+                    raise InvalidInputError(
+                        f"{method.name}: all questions of {self.path} are about one image, so none is about another; "
+                        "leave out @wrong"
+                    )
+
+    def load(self) -> Assistant:
+        return load_quietly(self.model)
+
+    def pose(self, block: Block, assistant: Assistant, *, wrong: bool) -> tuple[list[Any], list[Question]]:
+        own = [self.questions[i] for i in block.items]
+        first = {question.image: question for question in reversed(own)}
+        pictures = list(dict.fromkeys(question.image for question in own))
+        asked = [
+            Question(
+                key=question.id,
+                image=pictures.index(question.image),
+                text=question.question,
+                prompt=assistant.prompt(question.question),
+                wrong=self.wrong(question) if wrong else None,
+                picture=os.path.relpath(question.image, self.path.parent),
+                task=question.task,
+                truths=question.answers,
+            )
+            for question in own
+        ]
+        return [open_image(first[picture]) for picture in pictures], asked
+
+    def score(self, answer: str, truths: Sequence[str]) -> float:
+        return exact_match(answer, truths)
+
+    @cached_property
+    def _by_image(self) -> dict[Path, list[JsonlQuestion]]:
+        found: dict[Path, list[JsonlQuestion]] = {}
+        for question in self.questions:
+            found.setdefault(question.image, []).append(question)
+        return found
+
+    def wrong(self, question: JsonlQuestion) -> str | None:
+        """The question of the same slot of the next image in the file; None if there is no other image."""
+        images = list(self._by_image)
+        if len(images) < 2:
+            return None
+        slot = self._by_image[question.image].index(question)
+        other = self._by_image[images[(images.index(question.image) + 1) % len(images)]]
+        return other[slot % len(other)].question
+
+
 def open_image(question: JsonlQuestion) -> Image.Image:
     """The question's picture, RGB.
 
@@ -86,22 +190,6 @@ def open_image(question: JsonlQuestion) -> Image.Image:
         return load_image(question.image).image
     except InvalidInputError as error:
         raise InvalidInputError(f"line {question.line}: {error}") from None
-
-
-def normalised(answer: str) -> str:
-    """An answer as VQA benchmarks compare it: lower case, without punctuation and articles, small numbers as digits.
-
-    An answer of nothing but articles keeps them ("a" may be the letter of a choice).
-    """
-    text = re.sub(r"(?<=\d),(?=\d)", "", answer.lower()).replace("'", "").replace("\u2019", "")
-    words = re.sub(r"(?<!\d)[.:]|[.:](?!\d)|[^\w\s.:]|_", " ", text).split()
-    kept = [word for word in words if word not in _ARTICLES] or words
-    return " ".join(_NUMBERS.get(word, word) for word in kept)
-
-
-def exact_match(answer: str, truths: Sequence[str]) -> float:
-    """1 if the answer equals any of the truths, both `normalised`, else 0."""
-    return float(normalised(answer) in {normalised(truth) for truth in truths})
 
 
 def _read_line(path: Path, number: int, line: str) -> JsonlQuestion:

@@ -1,0 +1,1 @@
+"""Images and questions in, answers out: one runner for every product."""
