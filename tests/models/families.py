@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
@@ -340,6 +342,67 @@ class PaliGemma(Family):
             return dict(ids)
         images = SiglipImageProcessorPil(size={"height": 84, "width": 84})(list(pictures), return_tensors="pt")
         return ids | dict(images)
+
+
+class LlavaDinov2(Family):
+    """LLaVA with a DINOv2 tower, whose registers reach the language model in front of the patches."""
+
+    name = "llava_dinov2"
+    separated = True
+    prefix = 4
+    strategy: Literal["default", "full"] = "default"
+
+    def vision(self) -> Any:
+        return Dinov2WithRegistersConfig(
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            mlp_ratio=2,
+            image_size=84,
+            patch_size=PATCH,
+            num_register_tokens=4,
+            initializer_range=0.15,
+        )
+
+    def build(self) -> Any:
+        config = LlavaConfig(
+            vision_config=self.vision(),
+            text_config=text_config(),
+            image_token_index=IMAGE_ID,
+            image_seq_length=36 + self.prefix,
+            vision_feature_select_strategy=self.strategy,
+        )
+        return LlavaForConditionalGeneration(config)
+
+    def make_inputs(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        ids = expand_placeholders(prompts, [36 + self.prefix] * len(pictures))
+        if not pictures:
+            return dict(ids)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84})
+        return ids | {"pixel_values": processor(list(pictures), return_tensors="pt")["pixel_values"]}
+
+
+class LlavaPlainDinov2(LlavaDinov2):
+    """Without registers."""
+
+    name = "llava_plain_dinov2"
+    separated = False
+    prefix = 0
+
+    def vision(self) -> Any:
+        registers = super().vision().to_dict()
+        names = "hidden_size num_hidden_layers num_attention_heads mlp_ratio image_size patch_size initializer_range"
+        return Dinov2Config(**{name: registers[name] for name in names.split()})
+
+
+class LlavaSiglip(LlavaPlainDinov2):
+    """LLaVA with a SigLIP tower, without [CLS]."""
+
+    name = "llava_siglip"
+    strategy = "full"
+
+    def vision(self) -> Any:
+        return siglip_config(84)
 
 
 class VideoLlava(Family):
@@ -866,6 +929,7 @@ FAMILIES: tuple[Family, ...] = (
     LlavaNext(),
     LlavaOnevision(),
     ScaledOnevision(),
+    LlavaDinov2(),
     PaliGemma(),
     Gemma3(),
     VideoLlava(),

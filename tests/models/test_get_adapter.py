@@ -83,7 +83,8 @@ def test_a_llava_set_up_in_a_way_that_cannot_be_pruned_is_refused(
         get_adapter(model)
 
 
-def test_a_tower_without_cls_is_refused(model: Any) -> None:
+def test_a_tower_of_an_unknown_kind_is_refused_by_name(model: Any) -> None:
     del model.model.vision_tower.embeddings.class_embedding
-    with pytest.raises(UnsupportedModelError, match=re.escape("no CLIP encoder with a [CLS] token")):
+    del model.model.vision_tower.embeddings.patch_embedding
+    with pytest.raises(UnsupportedModelError, match=re.escape("CLIPVisionModel is no CLIP, DINOv2 or SigLIP encoder")):
         get_adapter(model)

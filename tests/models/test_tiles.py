@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, Family, LlavaNext, OddOnesPruner, make_picture
+from families import FAMILIES, Family, LlavaNext, LlavaOnevision, OddOnesPruner, make_picture
 from PIL import Image
 
 from dcp_prune.errors import InvalidInputError
@@ -16,7 +16,7 @@ from dcp_prune.integrations.transformers import encode_images, prune, prune_inpu
 from dcp_prune.models import get_adapter
 from dcp_prune.registry import make_pruner
 
-TILED = [family for family in FAMILIES if family.separated and family.modality == "image"]
+TILED = [f for f in FAMILIES if isinstance(f, LlavaNext | LlavaOnevision) and f.modality == "image"]
 PLAIN = [family for family in TILED if family.staged]
 SCALED = [family for family in TILED if not family.staged]
 PROMPT = "USER: <image> what is this ASSISTANT:"

@@ -135,11 +135,11 @@ class ModelAdapter(ABC):
     """What the model calls the things that this adapter encodes."""
     prunes_in_encoder: ClassVar[bool]
     """Whether tokens can be dropped between the layers of the encoder."""
-    signals: ClassVar[frozenset[Signal]] = WITHOUT_CLS
+    signals: frozenset[Signal] = WITHOUT_CLS
     """What the encoder can be asked for."""
     why_not_in_encoder: ClassVar[str] = ""
     """What stands in the way, as a clause, where there is more to say."""
-    saliency: ClassVar[str] = "all tokens"
+    saliency: str = "all tokens"
     """Whose attention `Signal.CLS_ATTENTION` is: `[CLS]`, or `all tokens` where there is none."""
     cuts_tiles: ClassVar[bool] = False
     """Whether an image is encoded as several tiles."""

@@ -25,8 +25,8 @@ class InternVLTower(Tower):
     """The same parts as in CLIP under names of its own; queries and keys may be normed, and no layer takes a mask."""
 
     @property
-    def has_cls(self) -> bool:
-        return True
+    def num_prefix_tokens(self) -> int:
+        return 1
 
     @property
     def layers(self) -> Any:

@@ -28,6 +28,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
     architecture = "LlavaNextForConditionalGeneration"
     cuts_tiles = True
+    needs_cls = True
     image_details = ("image_sizes",)
 
     @property

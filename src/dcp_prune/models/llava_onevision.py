@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError, UnsupportedModelError
+from dcp_prune.errors import InvalidInputError
 from dcp_prune.models.base import WITHOUT_CLS, EncodedImages, ModelAdapter, Reduction
 from dcp_prune.models.frames import FramesAdapter
 from dcp_prune.models.layout import ImageLayout, frames_layout, tile_rows, with_separators
@@ -32,20 +32,12 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     """
 
     architecture = "LlavaOnevisionForConditionalGeneration"
-    strategy = "full"
+    needs_cls = False
     saliency = ModelAdapter.saliency
     signals = WITHOUT_CLS
     image_inputs = (*LlavaNextAdapter.image_inputs, "vision_aspect_ratio", "batch_num_images")
     image_details = ("image_sizes", "batch_num_images")
     video_adapter = "LlavaOnevisionVideoAdapter"
-
-    def check_tower(self, tower: Any) -> None:
-        embeddings = getattr(tower, "embeddings", None)
-        if not hasattr(embeddings, "patch_embedding") or hasattr(embeddings, "class_embedding"):
-            raise UnsupportedModelError(
-                f"the vision tower {type(tower).__name__} is no SigLIP encoder, "
-                f"the only kind of tower of {self.architecture} that can be pruned so far"
-            )
 
     def count_tiles(self, pictures: Sequence[tuple[int, int]], images: Mapping[str, Any]) -> list[int]:
         tiles = super().count_tiles(pictures, images)

@@ -1,4 +1,4 @@
-"""Vision towers of the ViT kind, walked layer by layer: CLIP with its [CLS] token, SigLIP without."""
+"""Vision towers of the ViT kind, walked layer by layer: CLIP and DINOv2 with a [CLS] token, SigLIP without."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Walk:
         encoder: what leaves the feature layer, with the signals that were asked for.
         assignment: original patch -> slot that absorbed it, -1 if it was dropped. `t N`.
         stages, stage_stats, stage_tokens: as in `EncodedImages`.
-        prefix: [CLS] as it leaves the feature layer; None where there is none. `t 1 v`.
+        prefix: [CLS], and registers behind it, as they leave the feature layer; None where there are none. `t p v`.
     """
 
     encoder: EncoderTokens
@@ -37,7 +37,7 @@ class Walk:
     stages: tuple[Reduction, ...]
     stage_stats: tuple[Mapping[str, Tensor], ...]
     stage_tokens: tuple[int, ...]
-    prefix: Float[Tensor, "t 1 v"] | None = None
+    prefix: Float[Tensor, "t p v"] | None = None
 
     def merged(self, grid: tuple[int, int], size: int) -> Walk:
         """With cells of size x size patches in the place of patches, where the projector makes one token of each.
@@ -120,8 +120,9 @@ class Tower:
     over_all_heads: Callable[[Tensor], Tensor] | None = None
 
     @property
-    def has_cls(self) -> bool:
-        return hasattr(self.module.embeddings, "class_embedding")
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches: [CLS], and registers where the tower has them."""
+        return int(hasattr(self.module.embeddings, "class_embedding"))
 
     @property
     def layers(self) -> Any:
@@ -160,7 +161,7 @@ class Tower:
             real: False marks patches that pad a tile, where the tower's embeddings and layers take such a mask.
         """
         plan = {stage.layer: stage for stage in stages}
-        prefix = int(self.has_cls)
+        prefix = self.num_prefix_tokens
         embeddings = self.module.embeddings
         weight = self.patch_weight
         pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
@@ -228,6 +229,58 @@ class Tower:
         return found
 
 
+@dataclass(frozen=True)
+class Dinov2Attention:
+    """The attention of a DINOv2 layer under the names that CLIP's has."""
+
+    attention: Any
+
+    def __getattr__(self, name: str) -> Any:
+        names = {"num_heads": "num_attention_heads", "scale": "scaling"}
+        return getattr(self.attention, names.get(name, name))
+
+
+class Dinov2Tower(Tower):
+    """DINOv2: [CLS], then registers where the tower has them, then patches."""
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return 1 + getattr(self.module.config, "num_register_tokens", 0)
+
+    @property
+    def layers(self) -> Any:
+        return self.module.encoder.layer
+
+    @property
+    def patch_weight(self) -> Tensor:
+        return self.module.embeddings.patch_embeddings.projection.weight
+
+    def attention(self, layer: Any) -> tuple[Any, Any]:
+        return Dinov2Attention(layer.attention), layer.norm1
+
+
+def find_tower(module: Any, feature_layer: Any) -> Tower | None:
+    """How to walk a vision tower of CLIP's, SigLIP's or DINOv2's kind; None for any other.
+
+    Args:
+        feature_layer: the config's `vision_feature_layer`.
+
+    Raises:
+        UnsupportedModelError: it is a list, or the output of no layer.
+    """
+    embeddings = getattr(module, "embeddings", None)
+    # An engine may have left out the layers behind the feature layer.
+    over_all_heads = getattr(module, "over_all_heads", None)
+    has_cls = hasattr(embeddings, "class_embedding")
+    if hasattr(embeddings, "cls_token") and hasattr(getattr(module, "encoder", None), "layer"):
+        kind = Dinov2Tower
+    elif hasattr(module, "pre_layrnorm") if has_cls else hasattr(embeddings, "patch_embedding"):
+        kind = Tower
+    else:
+        return None
+    return kind(module, feature_layers(feature_layer, module.config.num_hidden_layers), over_all_heads)
+
+
 @torch.no_grad()
 def _capture(
     attention: Any,
@@ -237,10 +290,11 @@ def _capture(
     wanted: AbstractSet[Signal],
     mask: Bool[Tensor, "b n"] | None,
 ) -> dict[str, Tensor]:
-    """Signals of one layer from its own q, k and v, without [CLS] as a token, and without any attention map."""
+    """Signals of one layer from its own q, k and v, without [CLS] and registers, and without any attention map."""
     if not wanted - {Signal.ENCODER_FEATURES}:
         return {}
     states, shape = norm(hidden), (attention.num_heads, -1)
+    row: dict[str, Any] = {"num_prefix_tokens": prefix, "mask": mask}
     q_norm, k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
     captured: dict[str, Tensor] = {}
     keys = None
@@ -255,9 +309,9 @@ def _capture(
     elif Signal.CLS_ATTENTION in wanted:
         query = q_norm(attention.q_proj(states[:, 0])).unflatten(-1, shape)
         captured["cls_attention"] = (
-            folded_cls_attention_row(states, query, attention.k_proj.weight, scale=attention.scale, mask=mask)
+            folded_cls_attention_row(states, query, attention.k_proj.weight, scale=attention.scale, **row)
             if keys is None
-            else cls_attention_row(query, keys, scale=attention.scale, mask=mask)
+            else cls_attention_row(query, keys, scale=attention.scale, **row)
         )
     if wanted & {Signal.VALUES, Signal.CLS_VALUE_AFFINITY}:
         captured |= _capture_values(attention.v_proj, states, prefix, shape, wanted, mask)
@@ -289,9 +343,9 @@ def _capture_values(
     if Signal.CLS_VALUE_AFFINITY in wanted:
         # The attention row of the value of [CLS] to all values, unscaled.
         captured["cls_value_affinity"] = (
-            folded_cls_attention_row(states, own, v_proj.weight, scale=1.0, mask=mask)
+            folded_cls_attention_row(states, own, v_proj.weight, scale=1.0, num_prefix_tokens=prefix, mask=mask)
             if values is None
-            else cls_attention_row(own, values, scale=1.0, mask=mask)
+            else cls_attention_row(own, values, scale=1.0, num_prefix_tokens=prefix, mask=mask)
         )
     return captured
 

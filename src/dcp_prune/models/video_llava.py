@@ -22,6 +22,7 @@ class VideoLlavaAdapter(LlavaAdapter):
 
     architecture = "VideoLlavaForConditionalGeneration"
     tower_name = "image_tower"
+    needs_cls = True
     image_inputs = ("pixel_values_images", "vision_feature_layer", "vision_feature_select_strategy")
     video_adapter = "VideoLlavaVideoAdapter"
 
