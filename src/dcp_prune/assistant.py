@@ -1,9 +1,8 @@
-"""A vision-language model that is asked one question about one image, with all visual tokens or with a few."""
+"""A vision-language model by name that is asked about one image, with all visual tokens or with a few."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
-from dcp_prune.functional.distribution import kappa
-from dcp_prune.integrations.transformers import (
-    PruneRecord,
-    encode_images,
-    prune_inputs,
-    supported_architectures,
-)
+from dcp_prune.eval.asking.runner import Answered, Question, Runner, Seen
+from dcp_prune.eval.specs import ALL_TOKENS, Method
+from dcp_prune.integrations.transformers import PruneRecord, supported_architectures
 from dcp_prune.pruners.base import Pruner
-from dcp_prune.pruners.cls_attention import ClsAttentionPruner
 from dcp_prune.testbed.load import CHECKPOINTS, DEFAULT_CHECKPOINT, load
 
 TESTBED_MODELS = {f"testbed-{name}": name for name in CHECKPOINTS} | {"testbed": DEFAULT_CHECKPOINT}
@@ -35,21 +27,26 @@ _SIGNS_OF_A_CUT_DOWNLOAD = ("deserializing header", "no file named", "instantiat
 """In messages about weights and tokenizers that are missing or end too early."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
     """An image as the model sees it.
 
     Attributes:
         image: the pixels that entered the encoder, after resizing and cropping.
         shape: (rows, cols) of the patch grid; their product is n.
-        features: what the language model would read without pruning. `1 n d`.
         saliency: attention that [CLS] pays to each patch, None if the encoder has no [CLS]. `n`.
+        seen: its encoder passes.
     """
 
     image: Image.Image
     shape: tuple[int, int]
-    features: Float[Tensor, "1 n d"]
     saliency: Float[np.ndarray, "n"] | None
+    seen: Seen
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens of the unpruned image."""
+        return self.seen.full.num_original
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,31 @@ class Reply:
         text: what was generated.
         visual_tokens: that the language model read.
         prefill_tokens: length of the prompt that it read, visual tokens included.
-        milliseconds: to the first new token: vision encoder, selection and prefill.
-        kappa: shift of the features that reached the language model against those of the unpruned `View`.
+        milliseconds: of the stages; `first_token` is all up to the first new token: encoder, selection and prefill.
+        kappa: shift of the features that reached the language model against those of an unpruned pass.
         record: what the pruner did; None without one.
     """
 
     text: str
     visual_tokens: int
     prefill_tokens: int
-    milliseconds: float
+    milliseconds: dict[str, float]
     kappa: float
     record: PruneRecord | None
+
+    @classmethod
+    def of(cls, answered: Answered) -> Reply:
+        """The answer to a single question about an image."""
+        assert answered.kappa is not None
+        stages = {} if answered.record is None else answered.record.milliseconds
+        return cls(
+            text=answered.answers[0],
+            visual_tokens=answered.num_tokens,
+            prefill_tokens=int(answered.prompt_tokens[0]),
+            milliseconds={"first_token": answered.first_token_ms, **stages, "encode": answered.encode_ms},
+            kappa=float(answered.kappa[0]),
+            record=answered.record,
+        )
 
     @property
     def word(self) -> str:
@@ -132,65 +143,54 @@ class Assistant:
         words = dict.fromkeys(question.split())
         return tuple(word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"])
 
-    @torch.inference_mode()
-    def look(self, image: Image.Image) -> View:
-        """What the model sees of an image, without any pruning."""
-        images: Any = self.processor.image_processor  # type: ignore[attr-defined]
-        pixels = images(image, return_tensors="pt")["pixel_values"].to(self.model.device, self.model.dtype)
-        tokens = encode_images(self.model, pixels, ClsAttentionPruner(num_tokens=1)).tokens
+    def look(self, image: Image.Image, *pruners: Pruner | None) -> View:
+        """What the model sees of an image, RGB, encoded once for all these pruners and for none."""
+        methods = dict.fromkeys(_method(pruner) for pruner in (None, *pruners))
+        seen = Runner(self.model, self.processor, [*methods], saliency=True).look([image])
+        tokens = seen.full
         rows, cols = (int(size) + 1 for size in tokens.positions[0].amax(dim=0).tolist())
         attention = None if tokens.encoder is None else tokens.encoder.cls_attention
-        colours = pixels[0].float().cpu() * torch.tensor(images.image_std).view(3, 1, 1)
+        images: Any = self.processor.image_processor  # type: ignore[attr-defined]
+        colours = seen.pixels[0].float().cpu() * torch.tensor(images.image_std).view(3, 1, 1)
         colours = (colours + torch.tensor(images.image_mean).view(3, 1, 1)).clamp(0, 1).permute(1, 2, 0)
         return View(
             image=Image.fromarray((colours * 255).round().byte().numpy()),
             shape=(rows, cols),
-            features=tokens.features,
             saliency=None if attention is None else attention[0].float().cpu().numpy(),
+            seen=seen,
         )
 
-    @torch.inference_mode()
-    def ask(
-        self, image: Image.Image, view: View, prompt: str, pruner: Pruner | None = None, *, max_new_tokens: int = 1
-    ) -> Reply:
+    def ask(self, view: View, prompt: str, pruner: Pruner | None = None, *, max_new_tokens: int = 1) -> Reply:
         """Answers one prompt greedily.
 
         Args:
-            image: RGB.
-            view: of the same image, from `look`.
+            view: of the image, from `look`.
             prompt: with exactly one image placeholder.
-            pruner: None reads all visual tokens.
+            pruner: one of those that the image was encoded for; None reads all visual tokens.
             max_new_tokens: where the answer is cut off at the latest.
 
         Raises:
-            InvalidInputError: the prompt does not hold exactly one placeholder, or `max_new_tokens` is below 1.
+            InvalidInputError: the prompt does not hold exactly one placeholder, the image was not encoded for this
+                pruner, or `max_new_tokens` is below 1.
         """
         check_placeholders(prompt, image_marker(self.processor))
         if max_new_tokens < 1:
             raise InvalidInputError(f"an answer needs at least 1 new token, got max_new_tokens={max_new_tokens}")
-        inputs: Any = self.processor(images=image, text=prompt, return_tensors="pt")  # type: ignore[operator]
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        clock = _Clock(self.model.device)
-        short: Mapping[str, Any] = inputs
-        record, features = None, view.features
-        if pruner is not None:
-            pruned = prune_inputs(self.model, inputs, pruner, processor=self.processor)
-            short, record = pruned.inputs, pruned.record
-            features = view.features if pruned.features is None else pruned.features
-        generate: Any = self.model.generate
-        ids = generate(
-            **short, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=StoppingCriteriaList([clock])
-        )
-        length = short["input_ids"].shape[1]
-        tokenizer: Any = self.processor.tokenizer  # type: ignore[attr-defined]
-        return Reply(
-            text=tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip(),
-            visual_tokens=features.shape[1],
-            prefill_tokens=length,
-            milliseconds=clock.milliseconds,
-            kappa=float(kappa(features, view.features)[0]),
-            record=record,
-        )
+        method = _method(pruner)
+        if method not in view.seen.stages:
+            raise InvalidInputError(f"the image was not encoded for {pruner}; hand it to assistant.look as well")
+        runner = Runner(self.model, self.processor, [method], max_new_tokens=max_new_tokens)
+        (answered,) = runner.ask(view.seen, [Question(key="", image=0, text=None, prompt=prompt)])
+        if pruner is not None and answered.record is None:
+            warnings.warn(
+                f"nothing was pruned: {pruner} keeps all {view.num_tokens} visual tokens of it; lower its budget",
+                stacklevel=2,
+            )
+        return Reply.of(answered)
+
+
+def _method(pruner: Pruner | None) -> Method:
+    return Method(ALL_TOKENS if pruner is None else type(pruner).__name__, None, pruner)
 
 
 def image_marker(processor: Any) -> str:
@@ -211,25 +211,6 @@ def check_placeholders(prompt: str, marker: str = "<image>") -> None:
         )
     if count > 1:
         raise InvalidInputError(f"the prompt holds {count} {marker} but 1 image was given; keep one {marker}")
-
-
-class _Clock(StoppingCriteria):
-    """Never stops anything; notes when the first new token was there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.began = self._now()
-        self.milliseconds = 0.0
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1e3
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if not self.milliseconds:
-            self.milliseconds = self._now() - self.began
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def _from_pretrained(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -88,27 +88,27 @@ def test_several_pruners_share_the_error(ask: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("q.txt", "", "is empty"),
-        ("q.txt", " \n\n", "is empty"),
+        ("q.txt", "", "holds no question"),
+        ("q.txt", " \n\n", "holds no question"),
         ("q.txt", "what ?\nwho ?\nwhat ?\n", "line 3: the question repeats line 1"),
         ("q.txt", "what ?\nwhat is <image> ?\n", "line 2: the question holds <image>"),
         ("q.txt", b"what ?\n\xff\xfe\n", "line 2: this is no UTF-8"),
-        ("q.jsonl", _line("0.png", "what ?") + "\n{nonsense}\n", "line 2: this is no JSON"),
-        ("q.jsonl", "what ?\n", "line 1: this is no JSON"),
-        ("q.jsonl", "[1]\n", "line 1: expected an object with image and question, got a list"),
-        ("q.jsonl", '\n{"image": "0.png"}\n', "line 2: there is no question"),
-        ("q.jsonl", '{"question": "what ?"}\n', "line 1: there is no image"),
-        ("q.jsonl", _line(7, "what ?"), "line 1: image must be a text, got a number"),
-        ("q.jsonl", _line("0.png", None), "line 1: question must be a text, got null"),
-        ("q.jsonl", _line("0.png", " "), "line 1: the question is empty"),
-        ("q.jsonl", _line("gone.png", "what ?"), "gone.png does not exist"),
+        ("q.jsonl", _line("0.png", "what ?") + "\n{nonsense}\n", "line 2 is no valid JSON"),
+        ("q.jsonl", "what ?\n", "line 1 is no valid JSON"),
+        ("q.jsonl", "[1]\n", "line 1 holds a list, not an object with image, question"),
+        ("q.jsonl", '\n{"image": "0.png"}\n', "line 2 has no question; it must be a text"),
+        ("q.jsonl", '{"question": "what ?"}\n', "line 1 has no image; it must be a text"),
+        ("q.jsonl", _line(7, "what ?"), "line 1: image must be a text, got 7"),
+        ("q.jsonl", _line("0.png", None), "line 1: question must be a text, got None"),
+        ("q.jsonl", _line("0.png", " "), "line 1: question is empty"),
+        ("q.jsonl", _line("gone.png", "what ?"), "there is no image"),
         ("q.jsonl", _line("notes.txt", "what ?"), "line 1: "),
         (
             "q.jsonl",
             f"{_line('0.png', 'what ?')}\n{_line('0.png', 'what ?')}",
             "line 2: this image and",
         ),
-        ("q.txt", _line("gone.png", "what ?"), "line 1: the image"),
+        ("q.txt", _line("gone.png", "what ?"), "line 1: there is no image"),
     ],
 )
 def test_questions_that_cannot_be_used_are_refused_by_line(
@@ -154,7 +154,7 @@ def test_folders_and_images_that_cannot_be_used_are_refused_by_name(
     questions.write_text(QUESTIONS[0])
     for folder, cause in ((empty, "holds no images"), (empty / "gone", "does not exist"), (questions, "is no folder")):
         _refused(dcp_prune("compare", "--images", folder, "--questions", questions), cause)
-    _refused(dcp_prune("compare", "--images", images, "--questions", empty / "gone.txt"), "gone.txt does not exist")
+    _refused(dcp_prune("compare", "--images", images, "--questions", empty / "gone.txt"), "gone.txt cannot be read")
     (images / "2.png").write_bytes((images / "2.png").read_bytes()[:500])
     _refused(ask(QUESTIONS[0]), "2.png cannot be decoded")
 
@@ -175,7 +175,7 @@ def test_an_interrupted_run_leaves_nothing(ask: Run, monkeypatch: pytest.MonkeyP
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcp_prune.eval.compare._Runner._costs", interrupted)
+    monkeypatch.setattr("dcp_prune.eval.compare._Comparison._costs", interrupted)
     outcome = ask(QUESTIONS[0], "--num-tokens", "16", "--max-new-tokens", "1", "--json", "out.json")
     assert outcome.code == 130
     assert list(Path.cwd().iterdir()) == []

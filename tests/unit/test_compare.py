@@ -11,24 +11,29 @@ import torch
 from PIL import Image
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.eval.compare import Answers, Asked, Comparison, Cost, Work, compare, decide, too_few
+from dcp_prune.eval.compare import Agreement, Comparison, Cost, compare
+from dcp_prune.eval.data.pictures import PictureQuestion, PictureQuestions
 from dcp_prune.eval.data.scoring import normalised
 from dcp_prune.eval.specs import parse_spec
+from dcp_prune.eval.verdict import decide, too_few
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.pruners.base import Pruner
 
+TEXTS = ("what is the colour of this dog", "where is the cat")
 COST = Cost(576, 600.0, 1, 1, 1.0)
 
 
 def _comparison(agreement: dict[int, float], images: int = 400, questions: int = 1) -> Comparison:
-    work = Work(tuple(Asked(Path(f"{i}.png"), f"{q}") for i in range(images) for q in range(questions)))
+    work = PictureQuestions(
+        tuple(PictureQuestion(Path(f"{i}.png"), f"{q}") for i in range(images) for q in range(questions))
+    )
     n = images * questions
     rng = np.random.default_rng(0)
     answers = []
     for budget, share in agreement.items():
         same = rng.permutation(np.arange(n) < round(share * n))
         zeros = np.zeros(n)
-        answers.append(Answers(parse_spec("dcp").at(budget), ("",) * n, same, same, zeros, zeros, COST))
+        answers.append(Agreement(parse_spec("dcp").at(budget), ("",) * n, same, same, zeros, zeros, COST))
     return Comparison(work, ("",) * n, COST, tuple(answers))
 
 
@@ -52,19 +57,21 @@ def test_too_few_images_claim_nothing_and_say_how_many_are_needed() -> None:
     assert verdict.measured == 16
     assert "about 59 images with 295 questions would show it; there were 20 with 100" in verdict.sentence
     assert "Here 16 tokens were enough, which may be luck" in verdict.sentence
-    assert "at least 59 images" in str(too_few(comparison.work, 0.95))
-    assert too_few(_comparison({16: 1.0}, images=59).work, 0.95) is None
+    assert "at least 59 images" in str(too_few(comparison.questions, 0.95))
+    assert too_few(_comparison({16: 1.0}, images=59).questions, 0.95) is None
 
 
 def test_a_claim_is_wrong_no_more_often_than_promised() -> None:
     """Every budget truly keeps 94.9 %, so each claim of 95 % is wrong, whichever of the three budgets it names."""
     rng, wrong, runs = np.random.default_rng(1), 0, 120
     zeros = np.zeros(300)
-    work = Work(tuple(Asked(Path(f"{i}.png"), "?") for i in range(300)))
+    work = PictureQuestions(tuple(PictureQuestion(Path(f"{i}.png"), "?") for i in range(300)))
     methods = [parse_spec("dcp").at(budget) for budget in (16, 32, 64)]
     for _ in range(runs):
         drawn = [rng.random(300) < 0.949 for _ in methods]
-        answers = tuple(Answers(m, ("",) * 300, s, s, zeros, zeros, COST) for m, s in zip(methods, drawn, strict=True))
+        answers = tuple(
+            Agreement(m, ("",) * 300, s, s, zeros, zeros, COST) for m, s in zip(methods, drawn, strict=True)
+        )
         wrong += decide(Comparison(work, ("",) * 300, COST, answers), 0.95)[0].num_tokens is not None
     assert wrong / runs <= 0.05 + 3 * (0.05 * 0.95 / runs) ** 0.5
 
@@ -75,7 +82,7 @@ def test_an_agreement_that_cannot_be_shown_is_refused(keep: float) -> None:
         decide(_comparison({16: 1.0}, images=2), keep)
 
 
-def _ask_alone(model: Any, processor: Any, asked: Asked, pruner: Pruner | None) -> tuple[str, torch.Tensor]:
+def _ask_alone(model: Any, processor: Any, asked: PictureQuestion, pruner: Pruner | None) -> tuple[str, torch.Tensor]:
     inputs = processor(images=Image.open(asked.image), text=_prompt(asked.question), return_tensors="pt")
     if pruner is not None:
         inputs = prune_inputs(model, inputs, pruner, processor=processor).inputs
@@ -96,13 +103,15 @@ def test_sharing_images_and_batches_changes_no_answer(
     for number in range(3):
         image = tmp_path / f"{number}.png"
         Image.effect_noise((84, 84), 40 + 30 * number).save(image)
-        asked += [Asked(image, "what is the colour of this dog"), Asked(image, "where is the cat")][: 1 + number % 2]
+        asked += [PictureQuestion(image, "what is the colour of this dog"), PictureQuestion(image, "where is the cat")][
+            : 1 + number % 2
+        ]
     methods = [parse_spec(name).at(budget) for budget in (12, 6) for name in ("dcp", "dcp_progressive")]
     progress: list[tuple[int, int]] = []
     comparison = compare(
         pristine_model,
         processor,
-        Work(tuple(asked)),
+        PictureQuestions(tuple(asked)),
         methods,
         prompt=_prompt,
         max_new_tokens=4,
@@ -129,6 +138,6 @@ def test_sharing_images_and_batches_changes_no_answer(
 def test_a_model_that_answers_nan_is_named(model: Any, processor: Any, tmp_path: Path) -> None:
     Image.effect_noise((84, 84), 60).save(tmp_path / "0.png")
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
-    work = Work((Asked(tmp_path / "0.png", "what is this"),))
+    work = PictureQuestions((PictureQuestion(tmp_path / "0.png", "what is this"),))
     with pytest.raises(InvalidInputError, match="answers with NaN"):
         compare(model, processor, work, [parse_spec("random").at(6)], prompt=_prompt)

@@ -54,8 +54,9 @@ def test_batched_answers_equal_those_of_single_questions(
             ids = tokenizer(assistant.prompt(question.text).replace("<image> ", ""), return_tensors="pt")
             word = int(assistant.model(**ids).logits[0, -1].argmax())
         else:
-            view = assistant.look(image)
-            reply = assistant.ask(image, view, assistant.prompt(question.text), answers.method.pruner)
+            pruner = answers.method.pruner
+            view = assistant.look(image, pruner)
+            reply = assistant.ask(view, assistant.prompt(question.text), pruner)
             word = tokenizer.convert_tokens_to_ids(reply.text) if reply.text else -1
             assert answers.kappa is not None
             assert answers.kappa[number] == pytest.approx(reply.kappa, abs=1e-4)
@@ -80,9 +81,11 @@ def test_a_method_whose_budget_varies_reports_the_mean_of_what_it_kept(
     assert len(set(answers.kept.tolist())) > 2
     for number in range(0, 17, 5):
         seed, slot = HELD_OUT[number // 14], number % 14
-        view = assistant.look(Image.fromarray(make_scene(seed).image))
+        pruner = answers.method.pruner
+        assert pruner is not None
+        view = assistant.look(Image.fromarray(make_scene(seed).image), pruner)
         prompt = assistant.prompt(make_scene(seed).questions[slot].text)
-        reply = assistant.ask(Image.fromarray(make_scene(seed).image), view, prompt, answers.method.pruner)
+        reply = assistant.ask(view, prompt, pruner)
         assert reply.visual_tokens == answers.kept[number]
     rows = [row for row in summarise(evaluation)["results"] if row["pruner"] == ADAPTIVE and row["task"] == "all"]
     assert [row["num_tokens"] for row in rows] == [answers.num_tokens]

@@ -126,15 +126,15 @@ def run(
     """Ask one question about one image. The pruner `none` reads all visual tokens."""
     chosen = None if pruner == "none" else build_pruner(pruner, num_tokens, keep_ratio)
     loaded, assistant, text = _prepare(image, question, prompt, model, json)
-    view = assistant.look(loaded.image)
-    reply = assistant.ask(loaded.image, view, text, chosen, max_new_tokens=max_new_tokens)
+    view = assistant.look(loaded.image, chosen)
+    reply = assistant.ask(view, text, chosen, max_new_tokens=max_new_tokens)
 
     def show(console: Console) -> None:
         console.print(reply.text, highlight=False, markup=False)
         console.print(
-            f"[{reply.visual_tokens} of {len(view.features[0])} visual tokens, "
+            f"[{reply.visual_tokens} of {view.num_tokens} visual tokens, "
             f"{reply.prefill_tokens} tokens to prefill, kappa {reply.kappa:.2f}, "
-            f"{reply.milliseconds:.0f} ms to the first word]",
+            f"{reply.milliseconds['first_token']:.0f} ms to the first word]",
             style="dim",
             markup=False,
             highlight=False,
@@ -162,16 +162,16 @@ def inspect(
     """Draw what a pruner kept: the image, its saliency, the kept tokens, and which of them stands for which patch."""
     chosen = build_pruner(pruner, num_tokens, keep_ratio)
     loaded, assistant, text = _prepare(image, question, prompt, model, json, output)
-    view = assistant.look(loaded.image)
-    full = assistant.ask(loaded.image, view, text, max_new_tokens=max_new_tokens)
-    reply = assistant.ask(loaded.image, view, text, chosen, max_new_tokens=max_new_tokens)
+    view = assistant.look(loaded.image, chosen)
+    full = assistant.ask(view, text, max_new_tokens=max_new_tokens)
+    reply = assistant.ask(view, text, chosen, max_new_tokens=max_new_tokens)
 
     import numpy as np
 
     from dcp_prune.viz.overlay import inspection
 
     result = _as_json(assistant, pruner, loaded, question or text, view, reply)
-    total = len(view.features[0])
+    total = view.num_tokens
     picture = inspection(
         view.image,
         kept=result["indices"],
@@ -231,7 +231,7 @@ def _as_json(
     assistant: Assistant, pruner: str, loaded: LoadedImage, question: str, view: View, reply: Reply
 ) -> dict[str, Any]:
     record = reply.record
-    total = view.shape[0] * view.shape[1]
+    total = view.num_tokens
     everything = list(range(total))
     chosen_anew = None if record is None or record.reselected is None else bool(record.reselected[0])
     return {
@@ -244,7 +244,7 @@ def _as_json(
         "prefill_tokens": reply.prefill_tokens,
         "kappa": reply.kappa,
         "reselected": chosen_anew,
-        "milliseconds": {"first_token": reply.milliseconds, **({} if record is None else record.milliseconds)},
+        "milliseconds": reply.milliseconds,
         "grid": list(view.shape),
         "indices": everything if record is None else record.indices[0].tolist(),
         "assignment": everything if record is None else record.assignment[0].tolist(),

@@ -74,38 +74,41 @@ def compare(
             raise InvalidInputError(f"{option} must be at least 1, got {value}")
     check_outputs(json)
 
-    from dcp_prune.eval import compare as comparing
+    from dcp_prune.eval.compare import check_method
+    from dcp_prune.eval.compare import compare as run
+    from dcp_prune.eval.data.pictures import check_pictures, read_pictures
     from dcp_prune.eval.specs import plan
+    from dcp_prune.eval.verdict import check_keep, decide, summarise, too_few
 
-    comparing.check_keep(keep)
+    check_keep(keep)
     methods = plan(names, budgets)
     for method in methods:
-        comparing.check_method(method)
-    work = comparing.read_work(images, questions)
+        check_method(method)
+    asked = read_pictures(images, questions)
     with progress_bar("Reading the images", then="Reading the images") as advance:
-        remarks = comparing.check_images(work, advance)
-    doubt = comparing.too_few(work, keep, len(names))
-    for remark in (*work.notes, *remarks, *([doubt] if doubt else [])):
+        remarks = check_pictures(asked.images, advance)
+    doubt = too_few(asked, keep, len(names))
+    for remark in (*asked.notes, *remarks, *([doubt] if doubt else [])):
         note(remark)
     with progress_bar("Loading the model") as advance:
         assistant = load_assistant(model)
-        comparison = comparing.compare(
+        comparison = run(
             assistant.model,
             assistant.processor,
-            work,
+            asked,
             methods,
             prompt=assistant.prompt,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=advance,
         )
-    verdicts = comparing.decide(comparison, keep)
+    verdicts = decide(comparison, keep)
     result: dict[str, Any] = {
         "model": assistant.name,
         "keep": keep,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
-        **comparing.summarise(comparison, verdicts),
+        **summarise(comparison, verdicts),
         "environment": environment_now(),
     }
 

@@ -7,28 +7,23 @@ between rounds cancels out. Random weights cost what trained ones do: no step of
 
 from __future__ import annotations
 
-import random
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, cast
 
 import torch
 from cyclopts import App, Parameter
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from dcp_prune.environment import environment
-from dcp_prune.errors import DcpPruneError, InvalidInputError, MissingSignalError
-from dcp_prune.files import check_writable, to_json, write_atomically
+from dcp_prune.errors import MissingSignalError
 from dcp_prune.integrations.transformers import encode_images, prune_inputs
+from dcp_prune.profiling.benchmark import Report, run_command, take_turns
+from dcp_prune.profiling.first_token import first_token, now
 from dcp_prune.profiling.flops import llava_prefill_flops
-from dcp_prune.profiling.memory import kv_cache_bytes
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import list_pruners, make_pruner
 
@@ -156,36 +151,21 @@ def measure(
         progress: wraps the sequence of rounds.
     """
     variants: dict[str, Pruner | None] = {NONE: None, **pruners}
-    order = random.Random(0)
-    rounds: list[dict[str, Sample]] = []
-    for number in progress(range(runs + 1)):
-        names = list(variants)
-        order.shuffle(names)
-        samples = {name: _run(model, inputs, variants[name]) for name in names}
-        if number > 0:
-            rounds.append(samples)
+    _, *rounds = take_turns(variants, progress(range(runs + 1)), lambda name: _run(model, inputs, variants[name]))
     return [_summarise(model.config, name, pruner, rounds) for name, pruner in variants.items()]
 
 
 def _run(model: Any, inputs: Mapping[str, Any], pruner: Pruner | None) -> Sample:
-    begin = _now(model)
+    begin = now(model.device)
     encoded = encode_images(model, inputs["pixel_values"], *([pruner] if pruner else []))
-    encoder = _now(model) - begin
-    begin = _now(model)
-    short = None if pruner is None else prune_inputs(model, inputs, pruner)
-    output = model.generate(
-        **(inputs if short is None else short.inputs),
-        max_new_tokens=1,
-        do_sample=False,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-    )
-    ttft = _now(model) - begin
+    encoder = now(model.device) - begin
+    first = first_token(model, inputs, pruner)
+    record = None if first.short is None else first.short.record
     selection = None
-    if short is not None and short.record is not None:
-        selection = sum(span for name, span in short.record.milliseconds.items() if name != "encode")
+    if record is not None:
+        selection = sum(span for name, span in record.milliseconds.items() if name != "encode")
     stages = tuple((stage.layer, kept) for stage, kept in zip(encoded.stages, encoded.stage_tokens, strict=True))
-    return Sample(ttft, encoder, selection, kv_cache_bytes(output.past_key_values), stages)
+    return Sample(first.milliseconds, encoder, selection, first.cache_bytes, stages)
 
 
 def _summarise(config: LlavaConfig, name: str, pruner: Pruner | None, rounds: Sequence[Mapping[str, Sample]]) -> Cost:
@@ -222,12 +202,6 @@ def _image(config: LlavaConfig) -> tuple[int, int]:
     return vision.image_size, (vision.image_size // vision.patch_size) ** 2
 
 
-def _now(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() * 1e3
-
-
 app = App(name="python -m dcp_prune.profiling.latency", help_format="plaintext", version_flags=())
 
 
@@ -257,49 +231,37 @@ def main(
         tiny: a model of the same parts that takes no time, to try this command out.
         json: file to write the result to.
     """
-    console = Console()
-    if runs < 1:
-        raise InvalidInputError(f"a median needs at least one round, got --runs {runs}")
-    target = None if json is None else check_writable(json)
+    report = Report(json, runs)
     pruners = {name: make_pruner(name, num_tokens=num_tokens) for name in pruner or list_pruners()}
     if threads is not None:
         torch.set_num_threads(threads)
     config = build_config(tiny=tiny)
-    with console.status("building the model with random weights"):
+    with report.console.status("building the model with random weights"):
         model = build_model(config, getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
-    parameters = sum(tensor.numel() for tensor in model.parameters())
-
-    def progress(rounds: Sequence[int]) -> Any:
-        return track(rounds, description=f"{runs} rounds and one to warm up", console=console, transient=True)
-
     inputs = make_inputs(model)
     if pruner is None:
-        pruners = _usable(model, inputs, pruners, console)
+        pruners = _usable(model, inputs, pruners, report.say)
+    progress = partial(report.track, what=f"{runs} rounds and one to warm up")
     costs = measure(model, inputs, pruners, runs=runs, progress=progress)
     size = "a tiny LLaVA" if tiny else "CLIP ViT-L/14-336 and a 1B-parameter Llama"
-    description = (
-        f"{size}, random weights, {dtype}, one image and {TEXT_TOKENS} text tokens, {runs} interleaved rounds."
+    report.finish(
+        f"{num_tokens} of {costs[0].num_tokens} visual tokens, {dtype}, medians of {runs} rounds",
+        ("TTFT ms", "ratio", "encoder ms", "ratio", "selecting ms", "share", "KV MiB"),
+        map(_row, costs),
+        costs,
+        description=(
+            f"{size}, random weights, {dtype}, one image and {TEXT_TOKENS} text tokens, {runs} interleaved rounds."
+        ),
+        parameters=sum(tensor.numel() for tensor in model.parameters()),
+        dtype=dtype,
+        device=device,
+        text_tokens=TEXT_TOKENS,
     )
-    before = costs[0].num_tokens
-    console.print(_table(costs, f"{num_tokens} of {before} visual tokens, {dtype}, medians of {runs} rounds"))
-    if target is not None:
-        result = {
-            "description": description,
-            "parameters": parameters,
-            "dtype": dtype,
-            "device": device,
-            "text_tokens": TEXT_TOKENS,
-            "runs": runs,
-            "results": [asdict(cost) for cost in costs],
-            "environment": environment(),
-        }
-        write_atomically(target, to_json(result).encode())
-        console.print(f"wrote {target}", highlight=False)
 
 
 @torch.no_grad()
 def _usable(
-    model: Any, inputs: Mapping[str, Any], pruners: Mapping[str, Pruner], console: Console
+    model: Any, inputs: Mapping[str, Any], pruners: Mapping[str, Pruner], say: Callable[[str], None]
 ) -> dict[str, Pruner]:
     """Those of the pruners whose signals this model gives; says which ones are left out, and why."""
     usable: dict[str, Pruner] = {}
@@ -307,39 +269,28 @@ def _usable(
         try:
             prune_inputs(model, inputs, pruner)
         except MissingSignalError as error:
-            console.print(f"left out {name}: {error}", highlight=False)
+            say(f"left out {name}: {error}")
         else:
             usable[name] = pruner
     return usable
 
 
-def _table(costs: Sequence[Cost], title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("pruner")
-    for column in ("TTFT ms", "ratio", "encoder ms", "ratio", "selecting ms", "share", "KV MiB"):
-        table.add_column(column, justify="right")
-    for cost in costs:
-        table.add_row(
-            cost.pruner,
-            f"{cost.ttft_ms:,.0f}",
-            f"{cost.ttft_ratio:.3f}",
-            f"{cost.encoder_ms:,.0f}",
-            f"{cost.encoder_ratio:.3f}",
-            "" if cost.selection_ms is None else f"{cost.selection_ms:.1f}",
-            "" if cost.selection_share is None else f"{cost.selection_share:.2%}",
-            f"{cost.kv_cache_bytes / 2**20:.2f}",
-        )
-    return table
+def _row(cost: Cost) -> list[str]:
+    return [
+        cost.pruner,
+        f"{cost.ttft_ms:,.0f}",
+        f"{cost.ttft_ratio:.3f}",
+        f"{cost.encoder_ms:,.0f}",
+        f"{cost.encoder_ratio:.3f}",
+        "" if cost.selection_ms is None else f"{cost.selection_ms:.1f}",
+        "" if cost.selection_share is None else f"{cost.selection_share:.2%}",
+        f"{cost.kv_cache_bytes / 2**20:.2f}",
+    ]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code. What the user got wrong is one sentence on stderr and code 2."""
-    try:
-        app(arguments, result_action="return_value")
-    except DcpPruneError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    """The command; returns its exit code."""
+    return run_command(app, arguments)
 
 
 if __name__ == "__main__":

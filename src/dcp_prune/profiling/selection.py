@@ -8,11 +8,10 @@ it less; wall time is reported beside it.
 
 from __future__ import annotations
 
-import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from json import loads
 from pathlib import Path
 from statistics import median
@@ -20,14 +19,11 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import App, Parameter
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from dcp_prune.environment import environment
-from dcp_prune.errors import DcpPruneError, InvalidInputError
-from dcp_prune.files import check_writable, to_json, write_atomically
+from dcp_prune.errors import InvalidInputError
+from dcp_prune.profiling.benchmark import Report, run_command, take_turns
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import list_pruners, make_pruner
 from dcp_prune.tokens import VisualTokens
@@ -130,12 +126,7 @@ def measure(
     for setting in settings:
         tokens = make_tokens(setting.images, setting.tokens, width=width, encoder_width=encoder_width)
         made = {name: make_pruner(name, num_tokens=setting.num_tokens) for name in pruners}
-        order = random.Random(0)
-        rounds: list[dict[str, tuple[float, float]]] = []
-        for _ in progress(range(runs), setting):
-            names = list(made)
-            order.shuffle(names)
-            rounds.append({name: _time(made[name], tokens) for name in names})
+        rounds = list(take_turns(made, progress(range(runs), setting), lambda name: _time(made[name], tokens)))  # noqa: B023
         for name in made:
             cpu, wall = (median(times[name][clock] for times in rounds) for clock in (0, 1))
             costs.append(Cost(name, setting.images, setting.tokens, setting.num_tokens, cpu, wall))
@@ -172,17 +163,13 @@ def main(
         authors: file with the times of the authors' code, which the result then carries beside ours.
         json: file to write the result to.
     """
-    console = Console()
-    if runs < 1:
-        raise InvalidInputError(f"a median needs at least one round, got --runs {runs}")
-    target = None if json is None else check_writable(json)
+    report = Report(json, runs)
     published = None if authors is None else _read_times(authors)
-    names = pruner or _after_the_encoder(list_pruners(), console)
+    names = pruner or _after_the_encoder(list_pruners(), report.say)
     widths = {"width": 64, "encoder_width": 32} if tiny else {"width": 4096, "encoder_width": 1024}
 
     def progress(rounds: Sequence[int], setting: Setting) -> Any:
-        what = f"{setting.images} x {setting.tokens} tokens, {runs} rounds"
-        return track(rounds, description=what, console=console, transient=True)
+        return report.track(rounds, f"{setting.images} x {setting.tokens} tokens, {runs} rounds")
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -191,22 +178,25 @@ def main(
         made_in = environment()
     finally:
         torch.set_num_threads(threads)
-    console.print(_table(costs))
-    if target is not None:
-        result = {
-            "description": (
-                f"Checks and selection of one call: float32, {widths['width']} channels after the projector and "
-                f"{widths['encoder_width']} before it, {WORDS} words, {runs} interleaved rounds."
-            ),
-            "runs": runs,
-            "words": WORDS,
-            **widths,
-            "results": [asdict(cost) for cost in costs],
-            "authors": published,
-            "environment": made_in,
-        }
-        write_atomically(target, to_json(result).encode())
-        console.print(f"wrote {target}", highlight=False)
+    settings = list(dict.fromkeys((cost.images, cost.tokens, cost.num_tokens) for cost in costs))
+    found = {(cost.pruner, (cost.images, cost.tokens, cost.num_tokens)): cost for cost in costs}
+    report.finish(
+        "CPU ms / wall ms of one call, one thread",
+        [f"{images} x {tokens}, {kept} each" for images, tokens, kept in settings],
+        (
+            [name, *(f"{cost.cpu_ms:,.1f} / {cost.wall_ms:,.1f}" for at in settings for cost in (found[name, at],))]
+            for name in names
+        ),
+        costs,
+        description=(
+            f"Checks and selection of one call: float32, {widths['width']} channels after the projector and "
+            f"{widths['encoder_width']} before it, {WORDS} words, {runs} interleaved rounds."
+        ),
+        words=WORDS,
+        authors=published,
+        environment=made_in,
+        **widths,
+    )
 
 
 def _read_times(path: Path) -> dict[str, Any]:
@@ -220,40 +210,20 @@ def _read_times(path: Path) -> dict[str, Any]:
     return found
 
 
-def _after_the_encoder(names: Sequence[str], console: Console) -> list[str]:
+def _after_the_encoder(names: Sequence[str], say: Callable[[str], None]) -> list[str]:
     """Those that do not work inside the encoder, where selecting cannot be told from encoding; says which do."""
     kept: list[str] = []
     for name in names:
         if make_pruner(name, num_tokens=SETTINGS[0].num_tokens).encoder_stages(SETTINGS[0].tokens, LAYERS):
-            console.print(f"left out {name}: it works inside the encoder; `make bench` times it there")
+            say(f"left out {name}: it works inside the encoder; `make bench` times it there")
         else:
             kept.append(name)
     return kept
 
 
-def _table(costs: Sequence[Cost]) -> Table:
-    settings = list(dict.fromkeys((cost.images, cost.tokens, cost.num_tokens) for cost in costs))
-    cells: Mapping[tuple[str, tuple[int, int, int]], Cost] = {
-        (cost.pruner, (cost.images, cost.tokens, cost.num_tokens)): cost for cost in costs
-    }
-    table = Table(title="CPU ms / wall ms of one call, one thread")
-    table.add_column("pruner")
-    for images, tokens, kept in settings:
-        table.add_column(f"{images} x {tokens}, {kept} each", justify="right")
-    for name in dict.fromkeys(cost.pruner for cost in costs):
-        found = [cells[name, setting] for setting in settings]
-        table.add_row(name, *(f"{cost.cpu_ms:,.1f} / {cost.wall_ms:,.1f}" for cost in found))
-    return table
-
-
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code. What the user got wrong is one sentence on stderr and code 2."""
-    try:
-        app(arguments, result_action="return_value")
-    except DcpPruneError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    """The command; returns its exit code."""
+    return run_command(app, arguments)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from PIL import Image
 from dcp_prune.assistant import Assistant
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.eval.asking.runner import Question
+from dcp_prune.eval.data.files import AnsweredLine, check_image, json_lines
 from dcp_prune.eval.data.questions import Block, QuestionSet, describe_model, load_quietly
 from dcp_prune.eval.data.scoring import exact_match
 from dcp_prune.eval.specs import Method
@@ -50,28 +50,22 @@ def read_questions(path: str | Path) -> tuple[JsonlQuestion, ...]:
             came before, an image that is missing or none; a task in which no question has an answer; or no question.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InvalidInputError(f"{path} cannot be read: {reason}; give a JSONL file of questions") from None
     found: dict[str, JsonlQuestion] = {}
     opened: set[Path] = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        question = _read_line(path, number, line)
+    for number, line in json_lines(path, AnsweredLine):
+        place = f"{path}, line {number}"
+        answers = (line.answer,) if isinstance(line.answer, str) else tuple(line.answer)
+        image = path.parent / line.image
+        question = JsonlQuestion(number, str(line.id), image, line.question, answers, line.task or path.stem)
         if question.id in found:
             raise InvalidInputError(
-                f"{path}, line {number}: the id {question.id!r} came before, in line {found[question.id].line}; "
+                f"{place}: the id {question.id!r} came before, in line {found[question.id].line}; "
                 "give every question its own id"
             )
-        if question.image not in opened:
-            _check_image(path, number, question.image)
-            opened.add(question.image)
+        if image not in opened:
+            check_image(image, place, path.parent)
+            opened.add(image)
         found[question.id] = question
-    if not found:
-        raise InvalidInputError(f'{path} holds no question; write one JSON object per line, like {{"id": "1", ...}}')
     _check_tasks(path, tuple(found.values()))
     return tuple(found.values())
 
@@ -190,51 +184,6 @@ def open_image(question: JsonlQuestion) -> Image.Image:
         return load_image(question.image).image
     except InvalidInputError as error:
         raise InvalidInputError(f"line {question.line}: {error}") from None
-
-
-def _read_line(path: Path, number: int, line: str) -> JsonlQuestion:
-    where = f"{path}, line {number}"
-    try:
-        entry: Any = json.loads(line)
-    except ValueError as error:
-        raise InvalidInputError(f"{where} is no valid JSON ({error}); write one object per line") from None
-    if not isinstance(entry, dict):
-        raise InvalidInputError(
-            f"{where} holds a {type(entry).__name__}, not an object with id, image, question, answer"
-        )
-    if isinstance(entry.get("id"), int) and not isinstance(entry["id"], bool):
-        entry["id"] = str(entry["id"])  # most benchmarks number their questions
-    for field in ("id", "image", "question"):
-        _require(where, entry, field, str, "a text")
-        if not entry[field].strip():
-            raise InvalidInputError(f"{where}: {field} is empty")
-    _require(where, entry, "answer", str | list, "a text or a list of texts")
-    answers: list[Any] = [entry["answer"]] if isinstance(entry["answer"], str) else entry["answer"]
-    if not all(isinstance(answer, str) for answer in answers):
-        raise InvalidInputError(f"{where}: answer must be a text or a list of texts, got {entry['answer']!r}")
-    task = entry.get("task", path.stem)
-    _require(where, {"task": task}, "task", str, "a text")
-    return JsonlQuestion(
-        number, str(entry["id"]), path.parent / entry["image"], entry["question"], tuple(answers), task
-    )
-
-
-def _require(where: str, entry: dict[str, Any], field: str, kind: Any, name: str) -> None:
-    if field not in entry:
-        raise InvalidInputError(f"{where} has no {field}; it must be {name}")
-    if not isinstance(entry[field], kind):
-        raise InvalidInputError(f"{where}: {field} must be {name}, got {entry[field]!r}")
-
-
-def _check_image(path: Path, number: int, image: Path) -> None:
-    if not image.is_file():
-        raise InvalidInputError(
-            f"{path}, line {number}: there is no image {image}; paths are relative to the folder of the JSONL file"
-        )
-    try:
-        Image.open(image).close()  # reads the header only
-    except OSError:
-        raise InvalidInputError(f"{path}, line {number}: {image} is no image that can be read") from None
 
 
 def _check_tasks(path: Path, questions: Sequence[JsonlQuestion]) -> None:
