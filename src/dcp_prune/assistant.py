@@ -225,20 +225,24 @@ def _from_pretrained(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     if path.exists() and not (path / "config.json").is_file():
         raise InvalidInputError(f"{name} holds no model, since config.json is missing; give the folder that holds it")
     source = str(path) if path.exists() else name
+    # Said each time: with nothing said, transformers asks on the terminal whether to run the model's own code.
+    own_code: dict[str, Any] = {"trust_remote_code": False}
     try:
-        architectures = AutoConfig.from_pretrained(source).architectures or ["unknown"]
+        architectures = AutoConfig.from_pretrained(source, **own_code).architectures or ["unknown"]
         supported = supported_architectures()
         if architectures[0] not in supported:
             raise UnsupportedModelError(
                 f"{name} is a {architectures[0]}, which cannot be pruned; supported: {', '.join(supported)}"
             )
-        processor = AutoProcessor.from_pretrained(source)
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
+        processor = AutoProcessor.from_pretrained(source, **own_code)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", **own_code)
     except UnsupportedModelError:
         raise
     except Exception as error:  # the hub, the file system and the parsers each raise kinds of their own
         cause = " ".join(str(error).split()) or type(error).__name__
-        if any(sign in cause for sign in _SIGNS_OF_A_CUT_DOWNLOAD):
+        if "trust_remote_code" in cause:
+            cause = "it brings code of its own, which is never run here; load it yourself and hand it to the library"
+        elif any(sign in cause for sign in _SIGNS_OF_A_CUT_DOWNLOAD):
             cause = f"its files are not complete, as after an interrupted download; fetch them again ({cause[:150]})"
         raise InvalidInputError(f"the model {name} cannot be loaded: {cause[:300]}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

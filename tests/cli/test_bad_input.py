@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,20 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("dcp_prune.cli.ask.load_assistant", never)
     _refused(dcp_prune("inspect", "--image", picture, *ASK, "--output", output), "cannot write")
     _refused(dcp_prune("run", "--image", picture, *ASK, "--json", output), "cannot write")
+
+
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(
+    dcp_prune: Run, picture: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("mystery")
+    ran = folder / "ran"
+    (folder / "config.json").write_text(
+        '{"model_type": "mystery", "architectures": ["Mystery"], "auto_map": {"AutoConfig": "mystery.Mystery"}}'
+    )
+    (folder / "mystery.py").write_text(
+        f"from transformers import PretrainedConfig\nopen({str(ran)!r}, 'w')\nclass Mystery(PretrainedConfig): pass\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    _refused(dcp_prune("run", "--image", picture, *ASK, "--model", folder), "brings code of its own")
+    assert not ran.exists()

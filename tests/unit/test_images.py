@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.images import load_image
+from dcp_prune.images import decode_image, load_image
 
 
 @pytest.fixture
@@ -119,6 +123,19 @@ def _nan(path: Path) -> None:
     Image.fromarray(np.full((16, 16), np.nan, dtype=np.float32)).save(path, format="TIFF")
 
 
+def _bomb_of_a_limit_lifted(path: Path) -> None:
+    Image.new("1", (10000, 9000)).save(path, format="PNG")
+
+
+def _damaged(path: Path, kind: str) -> None:
+    frames = [Image.effect_noise((32, 32), 90).convert("RGB") for _ in range(2)]
+    frames[0].save(path, format=kind, save_all=kind == "GIF", append_images=frames[1:] if kind == "GIF" else [])
+
+
+def _postscript(path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(path, format="EPS")
+
+
 def _bomb(path: Path) -> None:
     Image.new("1", (16000, 12000)).save(path, format="PNG")
 
@@ -133,6 +150,8 @@ def _bomb(path: Path) -> None:
         (_dot, "1 x 1 pixels"),
         (_nan, "NaN"),
         (_bomb, "too many pixels"),
+        (_bomb_of_a_limit_lifted, "too many pixels"),
+        (_postscript, "no image"),
         (Path.mkdir, "no file"),
         (lambda path: None, "does not exist"),
     ],
@@ -145,3 +164,40 @@ def test_what_cannot_be_shown_is_refused_in_one_sentence(
     with pytest.raises(InvalidInputError, match=cause) as caught:
         load_image(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "AVIF", "BMP"])
+def test_a_file_with_a_changed_byte_is_shown_or_refused_and_never_a_traceback(tmp_path: Path, kind: str) -> None:
+    path, draw = tmp_path / "image", np.random.default_rng(0)
+    _damaged(path, kind)
+    whole = path.read_bytes()
+    for _ in range(60):
+        changed = bytearray(whole)
+        changed[draw.integers(min(len(whole), 400))] = draw.integers(256)
+        path.write_bytes(changed)
+        with contextlib.suppress(InvalidInputError):
+            load_image(path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, IndexError, KeyError, AssertionError, struct.error])
+def test_whatever_a_decoder_raises_is_one_sentence(
+    tmp_path: Path, gradient: Image.Image, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("two\n", "lines")
+
+    gradient.save(tmp_path / "plain.png")
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    with pytest.raises(InvalidInputError, match=r"plain.png cannot be decoded .*lines.*get a fresh copy"):
+        load_image(tmp_path / "plain.png")
+
+
+def test_bytes_are_read_like_files(gradient: Image.Image) -> None:
+    stream = io.BytesIO()
+    gradient.save(stream, format="PNG")
+    stream.seek(0)
+    assert (np.asarray(decode_image(stream, "picture").image) == np.asarray(gradient)).all()
+    stream.seek(0)
+    with pytest.raises(InvalidInputError, match="picture has too many pixels"):
+        decode_image(stream, "picture", max_pixels=599)
