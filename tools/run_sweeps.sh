@@ -11,8 +11,8 @@ pruners=(random uniform cls_attention visionzip holov flowcut prunesid scope mmt
 damaged=(@wrong @noise=0.5 @noise=0.7 @noise=0.85 @noise=1) # what the pruner reads instead of the question
 stages='schedule=((0.5,0.5),(0.75,0.25))'
 variants=(
-    dcp@none 'dcp(gate="none")' 'dcp(centre_temperature=None)' 'dcp(centres="k_center")' 'dcp(centre_sigma=None)'
-    'dcp(space="language")' 'dcp(saliency_weight=0.2)' 'dcp(reselect_members=False)' 'dcp(threshold=inf)'
+    dcp@none 'dcp(centre_temperature=None)' 'dcp(centre_sigma=None)' 'dcp(saliency_weight=0.2)'
+    'dcp(reselect_members=False)' 'dcp(threshold=inf)'
     'dcp(threshold=0.15)' 'dcp(schedule=((0.75,0.5),))' 'dcp(schedule=((0.75,0.5),),recovery=1.0)' "dcp($stages)"
     "dcp($stages,recovery=0.3)" "dcp($stages,recovery=1.0)" "dcp($stages,recovery=1.0,rescale=False)"
     "dcp($stages,anchors=\"saliency\")"

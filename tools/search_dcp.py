@@ -1,4 +1,4 @@
-"""Searches the fields of DCPPruner on tuning seeds; the study is a journal that Optuna reads and goes on with.
+"""Searches the options of `dcp` on tuning seeds; the study is a journal that Optuna reads and goes on with.
 
     python tools/search_dcp.py --trials 40 --study results/dcp-search/study.jsonl
 
@@ -21,7 +21,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from dcp_prune.eval.evaluate import evaluate
 from dcp_prune.eval.specs import Method, TextCondition
-from dcp_prune.pruners.dcp import DCPPruner
+from dcp_prune.pruners.dcp import ACGR, TATCS, Trigger
+from dcp_prune.pruners.options import default_of
+from dcp_prune.registry import make_pruner
 from dcp_prune.testbed.load import CHECKPOINTS, load
 from dcp_prune.testbed.seeds import TUNING
 
@@ -30,7 +32,7 @@ SITUATIONS = ((8, QUESTION), (16, QUESTION), (16, WRONG))
 
 
 def suggest(trial: optuna.Trial) -> dict[str, Any]:
-    """The fields that are searched; all others keep their defaults."""
+    """The options that are searched; all others keep their defaults."""
     return {
         "centre_temperature": trial.suggest_float("centre_temperature", 0.1, 0.4, step=0.05),
         "centre_sigma": trial.suggest_categorical("centre_sigma", [None, 3.0, 6.0, 12.0]),
@@ -58,7 +60,9 @@ def main() -> None:
 
     def value(trial: optuna.Trial) -> float:
         options = suggest(trial)
-        methods = [Method(f"dcp@{text}", k, DCPPruner(num_tokens=k, **options), text, "dcp") for k, text in SITUATIONS]
+        methods = [
+            Method(f"dcp@{text}", k, make_pruner("dcp", num_tokens=k, **options), text, "dcp") for k, text in SITUATIONS
+        ]
         scores: list[float] = []
         for checkpoint, (model, processor) in models.items():
             seeds = TUNING[args.skip :]
@@ -76,7 +80,7 @@ def main() -> None:
         storage=JournalStorage(JournalFileBackend(str(args.study))),
         load_if_exists=True,
     )
-    defaults = {field.name: field.default for field in fields(DCPPruner)}
+    defaults = {field.name: default_of(field) for group in (ACGR, TATCS, Trigger) for field in fields(group)}
     if not study.trials:
         names = suggest(optuna.trial.FixedTrial(defaults)).keys()
         study.enqueue_trial({name: defaults[name] for name in names})

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from dcp_prune.integrations.transformers import prune, prune_inputs
     from dcp_prune.pruners.base import EncoderStage, Pruner, ScorePruner, Selection, SelectionPruner
     from dcp_prune.pruners.cls_attention import ClsAttentionPruner
-    from dcp_prune.pruners.dcp import DCPPruner, ProgressiveDCPPruner
+    from dcp_prune.pruners.dcp import ACGR, TATCS, DCPPruner, Trigger
+    from dcp_prune.pruners.dcp_progressive import ProgressiveDCPPruner
     from dcp_prune.pruners.random import RandomPruner
     from dcp_prune.pruners.uniform import UniformPruner
     from dcp_prune.registry import get_pruner, list_pruners, make_pruner, register_pruner
@@ -42,7 +43,8 @@ _HOMES = {
     "integrations.transformers": ("prune", "prune_inputs"),
     "pruners.base": ("EncoderStage", "Pruner", "ScorePruner", "Selection", "SelectionPruner"),
     "pruners.cls_attention": ("ClsAttentionPruner",),
-    "pruners.dcp": ("DCPPruner", "ProgressiveDCPPruner"),
+    "pruners.dcp": ("ACGR", "TATCS", "DCPPruner", "Trigger"),
+    "pruners.dcp_progressive": ("ProgressiveDCPPruner",),
     "pruners.random": ("RandomPruner",),
     "pruners.uniform": ("UniformPruner",),
     "registry": ("get_pruner", "list_pruners", "make_pruner", "register_pruner"),
@@ -51,6 +53,8 @@ _HOMES = {
 _HOME_OF = {name: f"dcp_prune.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ACGR",
+    "TATCS",
     "Budget",
     "ClsAttentionPruner",
     "DCPPruner",
@@ -68,6 +72,7 @@ __all__ = [
     "Selection",
     "SelectionPruner",
     "Signal",
+    "Trigger",
     "UniformPruner",
     "UnknownPrunerError",
     "UnsupportedModelError",

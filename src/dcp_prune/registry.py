@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dcp_prune.errors import DcpPruneError, InvalidInputError, UnknownPrunerError
@@ -16,23 +21,10 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "dcp_prune.pruners"
 """Group in which another package lists its pruners: name -> "module:Class"."""
 
-_TARGETS: dict[str, str | type[Pruner]] = {
-    "dcp": "dcp_prune.pruners.dcp:DCPPruner",
-    "dcp_progressive": "dcp_prune.pruners.dcp:ProgressiveDCPPruner",
-    "random": "dcp_prune.pruners.random:RandomPruner",
-    "uniform": "dcp_prune.pruners.uniform:UniformPruner",
-    "cls_attention": "dcp_prune.pruners.cls_attention:ClsAttentionPruner",
-    "scope": "dcp_prune.pruners.scope:SCOPEPruner",
-    "divprune": "dcp_prune.pruners.divprune:DivPrunePruner",
-    "mmtok": "dcp_prune.pruners.mmtok:MMTokPruner",
-    "visionzip": "dcp_prune.pruners.visionzip:VisionZipPruner",
-    "holov": "dcp_prune.pruners.holov:HoloVPruner",
-    "flowcut": "dcp_prune.pruners.flowcut:FlowCutPruner",
-    "prunesid": "dcp_prune.pruners.prunesid:PruneSIDPruner",
-    "vispruner": "dcp_prune.pruners.vispruner:VisPruner",
-    "otprune": "dcp_prune.pruners.otprune:OTPrunePruner",
-    "cdpruner": "dcp_prune.pruners.cdpruner:CDPruner",
-}
+_SHARED = {"base", "batching", "options"}
+"""Files beside the methods; any other file of `pruners/` is a method, named as it is registered."""
+_REGISTERED: dict[str, str | type[Pruner]] = {}
+"""What `register_pruner` was told: name -> class, or where it is."""
 
 
 def register_pruner(name: str, target: str | type[Pruner]) -> None:
@@ -47,13 +39,13 @@ def register_pruner(name: str, target: str | type[Pruner]) -> None:
     """
     if isinstance(target, str) and not all(target.partition(":")):
         raise InvalidInputError(f'the target of pruner {name!r} must be a class or "module:Class", got {target!r}')
-    if _TARGETS.setdefault(name, target) != target:
+    if name in _built_in() or _REGISTERED.setdefault(name, target) != target:
         raise InvalidInputError(f"a pruner named {name!r} is already registered; choose another name")
 
 
 def list_pruners() -> tuple[str, ...]:
     """The names of all pruners, sorted; none of them is imported."""
-    return tuple(sorted({*_TARGETS, *entry_points(group=ENTRY_POINT_GROUP).names}))
+    return tuple(sorted({*_built_in(), *_REGISTERED, *entry_points(group=ENTRY_POINT_GROUP).names}))
 
 
 def get_pruner(name: str) -> type[Pruner]:
@@ -63,7 +55,9 @@ def get_pruner(name: str) -> type[Pruner]:
         UnknownPrunerError: no such name; suggests near ones.
         DcpPruneError: the name is known but its target cannot be imported.
     """
-    target = _TARGETS.get(name)
+    if name in _built_in():
+        return _method_in(import_module(f"dcp_prune.pruners.{name}"))
+    target = _REGISTERED.get(name)
     if target is None:
         found = entry_points(group=ENTRY_POINT_GROUP, name=name)
         if not found:
@@ -81,20 +75,73 @@ def get_pruner(name: str) -> type[Pruner]:
 
 
 def make_pruner(name: str, **options: Any) -> Pruner:
-    """A pruner by name with its options, for example `make_pruner("dcp", num_tokens=16)`.
+    """A pruner by name with its options, for example `make_pruner("dcp", num_tokens=16, text_weight=0.5)`.
+
+    Where a pruner's fields are groups (`DCPPruner.acgr`, `.trigger`, `.tatcs`), an option of a group is given by its
+    own name, as in specs and configuration files; a group may also be given whole, as itself or as a mapping. Options
+    of a group that is None by default start from the defaults of its class: `make_pruner("dcp", ..., recovery=5.0)`
+    has the stages of `ACGR()`.
 
     Raises:
         UnknownPrunerError: no such name.
-        InvalidInputError: an option that the pruner does not have, or a value that it refuses.
+        InvalidInputError: an option that the pruner does not have, a value that it refuses, or a group that is given
+            whole beside options of it.
     """
+    from dcp_prune.pruners.options import default_of, groups_of
+
     cls = get_pruner(name)
-    known = [field.name for field in fields(cls) if field.init]
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-            raise InvalidInputError(f"pruner {name!r} has no option {option!r}; {hint}")
-    return cls(**options)
+    own = {each.name: each for each in fields(cls) if each.init}
+    groups = groups_of(cls)
+    group_of = {each.name: group for group, kind in groups.items() for each in fields(kind)}
+    known = [option for field in own for option in (field, *(each for each in group_of if group_of[each] == field))]
+    given: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for option, value in options.items():
+        if option in groups and isinstance(value, Mapping):
+            inner.setdefault(option, {}).update(value)
+        elif option in own:
+            given[option] = value
+        elif option in group_of:
+            inner.setdefault(group_of[option], {})[option] = value
+        else:
+            raise InvalidInputError(_no_option(name, option, known))
+    for group, values in inner.items():
+        if group in given:
+            raise InvalidInputError(
+                f"{name}: {group} is given whole and {', '.join(values)} beside it; give one of them"
+            )
+        in_group = [each for each in group_of if group_of[each] == group]
+        for option in values:
+            if option not in in_group:
+                raise InvalidInputError(_no_option(name, option, in_group))
+        start = default_of(own[group])
+        given[group] = replace(start, **values) if isinstance(start, groups[group]) else groups[group](**values)
+    return cls(**given)
+
+
+@cache
+def _built_in() -> frozenset[str]:
+    found = find_spec("dcp_prune.pruners")
+    assert found is not None
+    return frozenset(each.name for each in iter_modules(found.submodule_search_locations)) - _SHARED
+
+
+def _method_in(module: ModuleType) -> type[Pruner]:
+    """The one pruner that a file of `pruners/` defines."""
+    from dcp_prune.pruners.base import Pruner
+
+    (found,) = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Pruner) and each.__module__ == module.__name__
+    ]
+    return found
+
+
+def _no_option(name: str, option: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(option, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+    return f"pruner {name!r} has no option {option!r}; {hint}"
 
 
 def _unknown(name: str) -> str:

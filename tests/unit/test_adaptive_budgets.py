@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dcp_prune import (
+    TATCS,
     Budget,
     DCPPruner,
     InvalidInputError,
@@ -93,7 +94,7 @@ def test_a_smaller_bound_keeps_no_fewer_and_never_leaves_the_range(name: str, qu
 
 def demand_left(tokens: VisualTokens, k: int) -> float:
     """Of one image, from the definition: plain cosines as representation, no question."""
-    fixed = DCPPruner(num_tokens=k, centre_temperature=None, reselect_members=False)(tokens)
+    fixed = make_pruner("dcp", num_tokens=k, centre_temperature=None, reselect_members=False)(tokens)
     similarity = cosine_similarity(tokens.features)[0].clamp(min=0.0)
     weights = fixed.stats["scores"][0]
     met = similarity[:, fixed.indices[0]].amax(dim=1)
@@ -101,8 +102,8 @@ def demand_left(tokens: VisualTokens, k: int) -> float:
 
 
 def coverage_left(tokens: VisualTokens, k: int) -> float:
-    fixed = DCPPruner(num_tokens=k, reselect_members=False)(tokens)
-    weights = fixed.stats["relevance"] ** DCPPruner(num_tokens=k).relevance_power
+    fixed = make_pruner("dcp", num_tokens=k, reselect_members=False)(tokens)
+    weights = fixed.stats["relevance"] ** TATCS().relevance_power
     return float(coverage(fixed.features, tokens.features, weights=weights))
 
 
@@ -158,14 +159,12 @@ def test_demand_that_prefixes_leave_unmet_is_what_facility_location_could_still_
     [
         {},
         {"bounded": "coverage"},
-        {"centres": "k_center"},
-        {"centres": "k_center", "bounded": "coverage"},
         {"reselect_members": False},
         {"threshold": 0.05},
         {"threshold": math.inf},
         {"threshold": math.inf, "first_choice": "saliency"},
-        {"threshold": 1.0, "trigger": "kappa", "first_choice": "coverage"},
-        {"space": "language", "centre_temperature": None},
+        {"threshold": 1.0, "distance": "kappa", "first_choice": "coverage"},
+        {"centre_temperature": None},
     ],
     ids=str,
 )

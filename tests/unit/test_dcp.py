@@ -1,4 +1,4 @@
-"""DCP-Prune: its schedule, its recovery, its trigger, its use of the question, and every one of its fields."""
+"""DCP-Prune: its schedule, its recovery, its trigger, its use of the question, every one of its fields, its presets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import pytest
 import torch
 
 from dcp_prune import (
+    ACGR,
+    TATCS,
     DCPPruner,
     EncoderTokens,
     InvalidInputError,
     MissingSignalError,
     ProgressiveDCPPruner,
+    Pruner,
+    Trigger,
     VisualTokens,
     kappa,
+    make_pruner,
 )
 from dcp_prune.functional.distribution import DISTANCES
 from dcp_prune.functional.similarity import gather_tokens
@@ -78,16 +83,16 @@ def test_shares_are_raised_to_the_budget_and_stages_without_work_are_left_out(k,
 
 
 def test_a_schedule_can_be_given_in_layers_and_counts():
-    pruner = DCPPruner(num_tokens=16, schedule=((2, 300), (5, 100), (9, 16)))
+    pruner = make_pruner("dcp", num_tokens=16, schedule=((2, 300), (5, 100), (9, 16)))
     stages = pruner.encoder_stages(576, 12)
     assert [(stage.layer, stage.num_tokens) for stage in stages] == [(2, 300), (5, 100), (9, 16)]
     assert [stage.num_tokens for stage in pruner.encoder_stages(256, 12)] == [100, 16], "an image of fewer tokens"
-    assert DCPPruner(num_tokens=16, schedule=()).encoder_stages(576, 12) == ()
+    assert DCPPruner(num_tokens=16).encoder_stages(576, 12) == (), "without ACGR there are none"
 
 
 def test_a_schedule_from_a_configuration_file_is_as_good_as_one_of_tuples():
-    as_lists = DCPPruner(num_tokens=16, schedule=[[2, 300], [5, 100]])  # pyright: ignore[reportArgumentType]
-    assert as_lists == DCPPruner(num_tokens=16, schedule=((2, 300), (5, 100)))
+    as_lists = make_pruner("dcp", num_tokens=16, schedule=[[2, 300], [5, 100]], recovery=[5, 0])
+    assert as_lists == DCPPruner(num_tokens=16, acgr=ACGR(schedule=((2, 300), (5, 100)), recovery=(5, 0)))
     hash(as_lists)
 
 
@@ -95,6 +100,7 @@ def test_a_schedule_from_a_configuration_file_is_as_good_as_one_of_tuples():
     "schedule",
     [
         "half",
+        (),
         (1, 2),
         ((1,),),
         ((1, 2, 3),),
@@ -110,8 +116,8 @@ def test_a_schedule_from_a_configuration_file_is_as_good_as_one_of_tuples():
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused_at_construction(schedule):
-    with pytest.raises(InvalidInputError, match="DCPPruner: schedule must"):
-        DCPPruner(num_tokens=16, schedule=schedule)
+    with pytest.raises(InvalidInputError, match="ACGR: schedule must"):
+        make_pruner("dcp", num_tokens=16, schedule=schedule)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,7 @@ def test_a_schedule_that_cannot_work_is_refused_at_construction(schedule):
 )
 def test_a_schedule_that_does_not_fit_the_encoder_or_the_budget_is_refused(schedule, says):
     with pytest.raises(InvalidInputError, match=says):
-        DCPPruner(num_tokens=16, schedule=schedule).encoder_stages(576, 12)
+        make_pruner("dcp", num_tokens=16, schedule=schedule).encoder_stages(576, 12)
 
 
 # --- recovery inside the encoder ---
@@ -138,7 +144,7 @@ def stage_input(seed: int = 0) -> EncoderTokens:
 
 def test_without_recovery_a_stage_only_drops_tokens():
     tokens = stage_input()
-    (stage,) = DCPPruner(num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
+    (stage,) = make_pruner("dcp", num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
     done = stage.reduce(tokens)
     assert torch.equal(done.features, gather_tokens(tokens.features, done.kept))
     torch.testing.assert_close(done.stats["kappa"], kappa(done.features, tokens.features))
@@ -146,8 +152,8 @@ def test_without_recovery_a_stage_only_drops_tokens():
 
 def test_recovery_changes_what_anchors_hold_but_not_which_they_are():
     tokens = stage_input()
-    (drop,) = DCPPruner(num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
-    (pour,) = DCPPruner(num_tokens=8, schedule=((0.5, 40),), recovery=0.5).encoder_stages(N, 12)
+    (drop,) = make_pruner("dcp", num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
+    (pour,) = make_pruner("dcp", num_tokens=8, schedule=((0.5, 40),), recovery=0.5).encoder_stages(N, 12)
     dropped, poured = drop.reduce(tokens), pour.reduce(tokens)
     assert torch.equal(dropped.kept, poured.kept)
     assert not torch.allclose(dropped.features, poured.features, atol=1e-2)
@@ -162,7 +168,7 @@ def test_diverse_anchors_see_every_thing_where_saliency_sees_one(anchors):
     tokens = replace(tokens, cls_attention=loud)
 
     def things_seen(rule):
-        (stage,) = DCPPruner(num_tokens=8, schedule=((0.5, 20),), anchors=rule).encoder_stages(N, 12)
+        (stage,) = make_pruner("dcp", num_tokens=8, schedule=((0.5, 20),), anchors=rule).encoder_stages(N, 12)
         kept = stage.reduce(tokens).kept
         return [sum(on_thing(kept[i : i + 1], thing)[0] > 0 for thing in range(THINGS)) for i in range(2)]
 
@@ -172,7 +178,7 @@ def test_diverse_anchors_see_every_thing_where_saliency_sees_one(anchors):
 
 def test_a_stage_without_attention_says_what_it_needs():
     tokens = replace(stage_input(), cls_attention=None)
-    (stage,) = DCPPruner(num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
+    (stage,) = make_pruner("dcp", num_tokens=8, schedule=((0.5, 40),)).encoder_stages(N, 12)
     with pytest.raises(MissingSignalError, match=r"encoder\.cls_attention"):
         stage.reduce(tokens)
 
@@ -182,7 +188,7 @@ def test_a_stage_without_attention_says_what_it_needs():
 
 def test_a_threshold_of_zero_always_and_one_of_infinity_never_selects_anew():
     tokens = scene()
-    always, never = DCPPruner(num_tokens=K)(tokens), DCPPruner(num_tokens=K, threshold=math.inf)(tokens)
+    always, never = DCPPruner(num_tokens=K)(tokens), make_pruner("dcp", num_tokens=K, threshold=math.inf)(tokens)
     assert always.stats["reselected"].all()
     assert not never.stats["reselected"].any()
     assert not torch.equal(always.indices, never.indices)
@@ -192,10 +198,10 @@ def test_a_threshold_of_zero_always_and_one_of_infinity_never_selects_anew():
 @pytest.mark.parametrize("trigger", sorted(DISTANCES))
 def test_each_image_is_judged_by_itself(trigger):
     tokens = scene(1, b=4)
-    always = DCPPruner(num_tokens=K, trigger=trigger)(tokens)
-    never = DCPPruner(num_tokens=K, trigger=trigger, threshold=math.inf)(tokens)
+    always = make_pruner("dcp", num_tokens=K, distance=trigger)(tokens)
+    never = make_pruner("dcp", num_tokens=K, distance=trigger, threshold=math.inf)(tokens)
     between = float(always.stats["distance"].sort().values[1:3].mean())
-    some = DCPPruner(num_tokens=K, trigger=trigger, threshold=between)(tokens)
+    some = make_pruner("dcp", num_tokens=K, distance=trigger, threshold=between)(tokens)
     severe = always.stats["distance"] > between
     assert severe.tolist().count(True) == 2
     assert torch.equal(some.stats["reselected"], severe)
@@ -204,9 +210,9 @@ def test_each_image_is_judged_by_itself(trigger):
 
 def test_stats_report_the_kappa_of_what_was_kept_and_the_distance_that_was_judged():
     tokens = scene(2)
-    pruned = DCPPruner(num_tokens=K, trigger="mmd")(tokens)
+    pruned = make_pruner("dcp", num_tokens=K, distance="mmd")(tokens)
     torch.testing.assert_close(pruned.stats["kappa"], kappa(pruned.features, tokens.features))
-    first = DCPPruner(num_tokens=K, threshold=math.inf)(tokens)
+    first = make_pruner("dcp", num_tokens=K, threshold=math.inf)(tokens)
     torch.testing.assert_close(pruned.stats["distance"], DISTANCES["mmd"](first.features, tokens.features))
     assert {key: tuple(value.shape) for key, value in pruned.stats.items()} == {
         "kappa": (2,),
@@ -220,8 +226,8 @@ def test_stats_report_the_kappa_of_what_was_kept_and_the_distance_that_was_judge
 
 def test_selecting_anew_covers_what_matters_better_than_the_first_choice():
     tokens = scene(3)
-    always, never = DCPPruner(num_tokens=K)(tokens), DCPPruner(num_tokens=K, threshold=math.inf)(tokens)
-    weights = always.stats["relevance"] ** DCPPruner(num_tokens=K).relevance_power
+    always, never = DCPPruner(num_tokens=K)(tokens), make_pruner("dcp", num_tokens=K, threshold=math.inf)(tokens)
+    weights = always.stats["relevance"] ** DCPPruner(num_tokens=K).tatcs.relevance_power
     after = DISTANCES["coverage"](always.features, tokens.features, weights=weights)
     assert (after < never.stats["distance"]).all()
     torch.testing.assert_close(
@@ -232,10 +238,9 @@ def test_selecting_anew_covers_what_matters_better_than_the_first_choice():
 # --- the question ---
 
 
-@pytest.mark.parametrize("centres", ["facility_location", "k_center"])
-def test_what_the_question_names_is_kept(centres):
+def test_what_the_question_names_is_kept():
     for thing in range(THINGS):
-        pruned = DCPPruner(num_tokens=K, centres=centres, schedule=())(scene(4, asked=(thing,)))
+        pruned = DCPPruner(num_tokens=K)(scene(4, asked=(thing,)))
         assert min(on_thing(pruned.indices, thing)) >= 1
 
 
@@ -248,8 +253,8 @@ def test_relevance_points_at_the_patches_of_the_named_thing():
 def test_a_question_about_nothing_in_the_image_changes_nothing_behind_the_gate():
     tokens = scene(6, asked=())
     without = DCPPruner(num_tokens=K)(replace(tokens, text=None, text_mask=None))
-    gated = DCPPruner(num_tokens=K, confidence_margin=1.5)(tokens)
-    trusting = DCPPruner(num_tokens=K, gate="none")(tokens)
+    gated = make_pruner("dcp", num_tokens=K, confidence_margin=1.5)(tokens)
+    trusting = make_pruner("dcp", num_tokens=K, confidence_margin=-9.0)(tokens)
     assert torch.equal(gated.indices, without.indices)
     assert not torch.equal(trusting.indices, without.indices), "without the gate the noise is believed"
     assert gated.stats["confidence"].tolist() == [0.0, 0.0]
@@ -279,7 +284,7 @@ def test_words_that_are_padding_are_not_read():
 # --- the fields ---
 
 OTHER_VALUES = {
-    "schedule": (),
+    "schedule": ((0.4, 0.4),),
     "anchors": "coverage",
     "recovery": 0.3,
     "neighbours": 1,
@@ -288,21 +293,16 @@ OTHER_VALUES = {
     "rescale": False,
     "time_weight": 40.0,
     "first_choice": "saliency",
-    "trigger": "mmd",
+    "distance": "mmd",
     "threshold": math.inf,
-    "space": "language",
-    "centres": "k_center",
     "centre_temperature": 1.0,
     "centre_sigma": 0.3,
     "coverage_weight": 5.0,
     "saliency_weight": 1.0,
     "text_weight": 0.0,
     "relevance_power": 0.5,
-    "relevance_smoothing": 0.5,
-    "gate": "none",
     "confidence_margin": 2.0,
     "confidence_span": 40.0,
-    "confidence_robust": True,
     "text_affinity": 0.9,
     "reselect_members": False,
     "member_relevance": 5.0,
@@ -310,7 +310,7 @@ OTHER_VALUES = {
 }
 
 
-def outcome(pruner: DCPPruner) -> list[torch.Tensor]:
+def outcome(pruner: Pruner) -> list[torch.Tensor]:
     """All that a run decides: stages, features, indices, assignment, stats."""
     tokens = scene(9, asked=(1, 5), clarity=0.5)
     assert tokens.encoder is not None
@@ -329,17 +329,15 @@ def outcome(pruner: DCPPruner) -> list[torch.Tensor]:
     return [*results, pruned.features, pruned.indices, pruned.assignment, *pruned.stats.values()]
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        field.name
-        for field in fields(DCPPruner)
-        if field.name not in ("num_tokens", "keep_ratio", "scope", "max_distance", "bounded")  # of the budget
-    ],
-)
+GROUP_OF = {field.name: group for group in (ACGR, TATCS, Trigger) for field in fields(group)}
+
+
+@pytest.mark.parametrize("field", [*GROUP_OF, "time_weight"])
 def test_every_field_has_an_effect(field):
-    base = ProgressiveDCPPruner(num_tokens=K, recovery=0.1)  # the graph's fields matter only where there is recovery
-    plain, changed = outcome(base), outcome(replace(base, **{field: OTHER_VALUES[field]}))
+    recovery = {"recovery": 0.1}  # the graph's fields matter only where there is recovery
+    base = make_pruner("dcp_progressive", num_tokens=K, **recovery)
+    plain = outcome(base)
+    changed = outcome(make_pruner("dcp_progressive", num_tokens=K, **recovery | {field: OTHER_VALUES[field]}))
     same = len(plain) == len(changed) and all(map(torch.equal, plain, changed))
     assert not same
     again = outcome(base)
@@ -351,16 +349,15 @@ def test_every_field_has_an_effect(field):
     [
         ("anchors", "random"),
         ("first_choice", "best"),
-        ("trigger", "kapa"),
-        ("space", "pixels"),
-        ("centres", "kmeans"),
+        ("distance", "kapa"),
         ("centre_temperature", 0.0),
         ("centre_sigma", -1.0),
-        ("gate", True),
         ("bounded", "kappa"),
         ("recovery", -0.1),
         ("recovery", math.nan),
         ("recovery", "much"),
+        ("recovery", (0.3, -0.1)),
+        ("recovery", (0.3,)),
         ("neighbours", 0),
         ("neighbours", 2.5),
         ("graph_temperature", 0.0),
@@ -371,7 +368,6 @@ def test_every_field_has_an_effect(field):
         ("saliency_weight", -1.0),
         ("text_weight", math.inf),
         ("relevance_power", 0.0),
-        ("relevance_smoothing", -0.1),
         ("confidence_margin", math.inf),
         ("confidence_span", 0.0),
         ("text_affinity", 1.1),
@@ -381,8 +377,9 @@ def test_every_field_has_an_effect(field):
     ],
 )
 def test_a_field_outside_its_range_is_refused_by_name(field, value):
-    with pytest.raises(InvalidInputError, match=f"DCPPruner: {field} must") as refused:
-        DCPPruner(num_tokens=16, **{field: value})
+    group = GROUP_OF[field].__name__ if field in GROUP_OF else "DCPPruner"
+    with pytest.raises(InvalidInputError, match=f"{group}: {field} must") as refused:
+        make_pruner("dcp", num_tokens=16, **{field: value})
     assert repr(value) in str(refused.value)
 
 
@@ -390,11 +387,79 @@ def test_rules_that_need_attention_say_so():
     bare = VisualTokens.from_features(scene().features)
     assert DCPPruner(num_tokens=K)(bare).indices.shape == (2, K)
     with pytest.raises(MissingSignalError, match="partition rule 'saliency'"):
-        DCPPruner(num_tokens=K, first_choice="saliency")(bare)
+        make_pruner("dcp", num_tokens=K, first_choice="saliency")(bare)
 
 
 def test_without_features_of_the_encoder_those_of_the_language_model_count():
     tokens = scene(9)
+    assert tokens.encoder is not None
+    same = replace(tokens, encoder=replace(tokens.encoder, features=tokens.features, cls_attention=None))
     bare = replace(tokens, encoder=None)
-    chosen, same = (DCPPruner(num_tokens=K, space=space)(bare).indices for space in ("encoder", "language"))
-    assert torch.equal(chosen, same)
+    assert torch.equal(DCPPruner(num_tokens=K)(bare).indices, DCPPruner(num_tokens=K)(same).indices)
+
+
+# --- the groups and the presets ---
+
+
+def test_a_pruner_reads_like_the_figure_and_prints_what_differs_from_the_defaults():
+    pruner = DCPPruner(num_tokens=16, acgr=ACGR(recovery=5.0), tatcs=TATCS(text_weight=0), trigger=Trigger())
+    assert repr(pruner) == "DCPPruner(num_tokens=16, acgr=ACGR(recovery=5.0), tatcs=TATCS(text_weight=0))"
+    assert eval(repr(pruner)) == pruner
+    assert repr(ProgressiveDCPPruner(num_tokens=16)) == "ProgressiveDCPPruner(num_tokens=16)"
+
+
+def test_an_option_reaches_its_group_by_its_own_name_or_within_a_mapping():
+    meant = DCPPruner(num_tokens=16, acgr=ACGR(anchors="saliency"), trigger=Trigger(distance="kappa", threshold=1.0))
+    flat = make_pruner("dcp", num_tokens=16, anchors="saliency", distance="kappa", threshold=1.0)
+    grouped = make_pruner(
+        "dcp", num_tokens=16, acgr={"anchors": "saliency"}, trigger={"distance": "kappa"}, threshold=1.0
+    )
+    assert flat == grouped == meant
+    assert make_pruner("dcp_progressive", num_tokens=16, acgr=None) == ProgressiveDCPPruner(num_tokens=16, acgr=None)
+    stages = make_pruner("dcp_progressive", num_tokens=16, recovery=5.0).encoder_stages(576, 12)
+    assert [stage.num_tokens for stage in stages] == [288, 144], "what is not said stays as the preset has it"
+
+
+def test_no_two_groups_have_a_field_of_one_name():
+    assert len(GROUP_OF) == sum(len(fields(group)) for group in (ACGR, TATCS, Trigger))
+    assert not GROUP_OF.keys() & {field.name for field in fields(DCPPruner)}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"acgr": None, "recovery": 1.0}, "acgr is given whole and recovery beside it"),
+        ({"tatcs": {"text_wieght": 1}}, "no option 'text_wieght'; did you mean text_weight"),
+        ({"tatcs": {"anchors": "saliency"}}, "no option 'anchors'; it has centre_temperature"),
+        ({"acgr": "on"}, r"acgr must be ACGR\(...\) or None, got 'on'"),
+        ({"trigger": "kappa"}, r"trigger must be Trigger\(...\), got 'kappa'"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(options, says):
+    with pytest.raises(InvalidInputError, match=says):
+        make_pruner("dcp", num_tokens=16, **options)
+
+
+@pytest.mark.parametrize("name", ["dcp", "dcp_progressive"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_presets_keep_the_tokens_that_they_have_always_kept(name, seed):
+    kept = {
+        0: [[4, 8, 17, 28, 65, 77, 112, 137], [5, 18, 29, 41, 65, 87, 113, 136]],
+        1: [[18, 28, 41, 53, 55, 64, 101, 138], [4, 16, 36, 53, 64, 78, 102, 136]],
+    }
+    anchors = {0: [[5291, 5157], [2286, 2706]], 1: [[5011, 5477], [2306, 2715]]}  # the sums of their positions
+    pruner = make_pruner(name, num_tokens=8)
+    assert pruner(scene(seed, asked=(1, 5), clarity=0.5)).indices.tolist() == kept[seed]
+    stages = pruner.encoder_stages(N, 12)
+    found = [stage.reduce(stage_input(seed)).kept.sum(dim=1).tolist() for stage in stages]
+    assert found == (anchors[seed] if name == "dcp_progressive" else [])
+
+
+def test_recovery_can_be_left_out_at_the_last_stage():
+    both, first, none = (
+        make_pruner("dcp_progressive", num_tokens=8, recovery=recovery).encoder_stages(N, 12)
+        for recovery in (5.0, (5.0, 0.0), 0.0)
+    )
+    assert first[0] != none[0]
+    for stage, like in zip(first, (both[0], none[1]), strict=True):
+        assert torch.equal(stage.reduce(stage_input()).features, like.reduce(stage_input()).features)

@@ -14,7 +14,7 @@ from dcp_prune.errors import MissingSignalError
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.profiling import latency
 from dcp_prune.profiling.latency import NONE, Sample, build_config, build_model, make_inputs, measure
-from dcp_prune.pruners.dcp import AnchorContextStage, DCPPruner
+from dcp_prune.pruners.dcp import ACGR, AnchorContextStage, DCPPruner
 from dcp_prune.pruners.random import RandomPruner
 from dcp_prune.report.tables import cost
 
@@ -91,7 +91,7 @@ def test_selecting_inside_the_encoder_counts_as_selecting(model, monkeypatch):
         return reduce(stage, tokens)
 
     monkeypatch.setattr(AnchorContextStage, "reduce", slow)
-    pruner = DCPPruner(num_tokens=4, schedule=((0, 32), (1, 16)))
+    pruner = DCPPruner(num_tokens=4, acgr=ACGR(schedule=((0, 32), (1, 16))))
     record = prune_inputs(model, make_inputs(model), pruner).record
     assert record is not None
     assert record.milliseconds["select"] > 100

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
 from dcp_prune.errors import InvalidInputError, UnknownPrunerError
 from dcp_prune.eval.specs import TextCondition, parse_spec, plan
+from dcp_prune.registry import make_pruner
 
 
 def test_a_spec_names_a_pruner_its_options_and_what_it_reads() -> None:
-    spec = parse_spec(' dcp(text_weight=0, threshold=inf, schedule=((0.5, 0.5),), centres="k_center")@noise=0.5 ')
+    spec = parse_spec(' dcp(text_weight=0, threshold=inf, schedule=((0.5, 0.5),), anchors="saliency")@noise=0.5 ')
     assert spec.pruner == "dcp"
     assert spec.options == {
         "text_weight": 0,
         "threshold": math.inf,
         "schedule": ((0.5, 0.5),),
-        "centres": "k_center",
+        "anchors": "saliency",
     }
     assert spec.text == TextCondition("noise", 0.5)
     assert str(spec.text) == "noise=0.5"
-    assert spec.label == 'dcp(text_weight=0, threshold=inf, schedule=((0.5, 0.5),), centres="k_center")@noise=0.5'
+    assert spec.label == 'dcp(text_weight=0, threshold=inf, schedule=((0.5, 0.5),), anchors="saliency")@noise=0.5'
     method = spec.at(16)
     assert (method.name, method.registered, method.num_tokens) == (spec.label, "dcp", 16)
-    assert method.options["threshold"] == "inf"  # JSON has no inf
+    assert method.options["trigger"]["threshold"] == "inf"  # JSON has no inf
+    assert method.options["acgr"]["schedule"] == [[0.5, 0.5]]
+
+
+def test_the_options_of_a_record_make_the_pruner_again() -> None:
+    method = parse_spec('dcp(text_weight=0,distance="kappa",threshold=0.5,recovery=(5.0,0.0))').at(16)
+    assert make_pruner("dcp", num_tokens=16, **json.loads(json.dumps(method.options))) == method.pruner
 
 
 def test_a_bare_name_is_a_spec() -> None:

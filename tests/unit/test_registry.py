@@ -24,7 +24,7 @@ from dcp_prune import (
 
 @pytest.fixture(autouse=True)
 def _leave_no_names_behind(monkeypatch):
-    monkeypatch.setattr(registry, "_TARGETS", dict(registry._TARGETS))
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 
 
 def test_the_built_in_pruners_are_listed_and_found():

@@ -7,14 +7,7 @@ import math
 import pytest
 import torch
 
-from dcp_prune.functional.relevance import (
-    smooth_over_lookalikes,
-    token_relevance,
-    word_confidence,
-    word_similarity,
-    word_strength,
-)
-from dcp_prune.functional.similarity import cosine_similarity
+from dcp_prune.functional.relevance import token_relevance, word_confidence, word_similarity
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -36,11 +29,10 @@ def test_noise_inspires_little_confidence_whatever_the_number_of_tokens(n):
     assert float(word_confidence(noise(200, n, 1), span=1.0).mean()) < 0.15
 
 
-@pytest.mark.parametrize("robust", [False, True])
-def test_a_word_with_a_clear_counterpart_inspires_full_confidence(robust):
+def test_a_word_with_a_clear_counterpart_inspires_full_confidence():
     cosines = noise(1, 576, 2) * 0.01
     cosines[0, 40, 1] = 0.5
-    confidence = word_confidence(cosines, robust=robust)[0]
+    confidence = word_confidence(cosines)[0]
     assert confidence[1] == 1.0
     assert confidence[0] < 0.3
 
@@ -58,30 +50,14 @@ def test_a_flat_map_inspires_none():
     assert word_confidence(torch.full((1, 50, 3), 0.4)).tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_a_thing_that_fills_a_fifth_of_the_image_is_seen_by_the_robust_measure_only():
-    cosines = noise(1, 576, 1) * 0.02
-    cosines[0, :115] += 0.5
-    assert float(word_confidence(cosines)) == 0.0
-    assert float(word_confidence(cosines, robust=True)) == 1.0
-
-
-@pytest.mark.parametrize("robust", [False, True])
-def test_padding_changes_no_confidence(robust):
+def test_padding_changes_no_confidence():
     cosines = noise(1, 60, 2)
     cosines[0, 7, 0] = 9.0
     padded = torch.cat((cosines, torch.full((1, 40, 2), 50.0)), dim=1)
     mask = torch.arange(100).expand(1, 100) < 60
-    torch.testing.assert_close(
-        word_confidence(padded, mask=mask, robust=robust), word_confidence(cosines, robust=robust)
-    )
+    torch.testing.assert_close(word_confidence(padded, mask=mask), word_confidence(cosines))
     text_mask = torch.tensor([[False, True]])
-    assert word_confidence(cosines, text_mask=text_mask, robust=robust)[0, 0] == 0.0
-
-
-def test_the_strongest_word_has_strength_one_and_negative_words_none():
-    cosines = torch.tensor([[[0.1, 0.4, -0.2], [0.2, 0.0, -0.3]]])
-    assert word_strength(cosines)[0].tolist() == pytest.approx([0.5, 1.0, 0.0])
-    assert word_strength(torch.zeros(1, 4, 2)).tolist() == [[0.0, 0.0]]
+    assert word_confidence(cosines, text_mask=text_mask)[0, 0] == 0.0
 
 
 def test_relevance_is_each_tokens_share_in_its_best_words_peak():
@@ -89,13 +65,3 @@ def test_relevance_is_each_tokens_share_in_its_best_words_peak():
     assert token_relevance(cosines, torch.tensor([[1.0, 1.0]]))[0].tolist() == pytest.approx([1.0, 1.0, 0.25])
     assert token_relevance(cosines, torch.tensor([[1.0, 0.5]]))[0].tolist() == pytest.approx([1.0, 0.5, 0.125])
     assert token_relevance(cosines, torch.zeros(1, 2)).tolist() == [[0.0, 0.0, 0.0]]
-
-
-def test_smoothing_shares_values_among_lookalikes_only():
-    x = torch.eye(2).repeat_interleave(3, dim=0).unsqueeze(0)
-    values = torch.tensor([[[3.0], [0.0], [0.0], [9.0], [9.0], [9.0]]])
-    smooth = smooth_over_lookalikes(values, cosine_similarity(x), 0.01)
-    assert smooth[0, :, 0].tolist() == pytest.approx([1.0, 1.0, 1.0, 9.0, 9.0, 9.0], abs=1e-4)
-    mask = torch.tensor([[True, True, False, True, True, True]])
-    masked = smooth_over_lookalikes(values, cosine_similarity(x), 0.01, mask)
-    assert masked[0, 0, 0] == pytest.approx(1.5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_dcp import SIDE, D, N, on_thing, scene
 
-from dcp_prune import DCPPruner, InvalidInputError, UniformPruner, VisualTokens
+from dcp_prune import DCPPruner, InvalidInputError, UniformPruner, VisualTokens, make_pruner
 from dcp_prune.functional.graph import context_to_anchor_graph
 from dcp_prune.functional.similarity import in_patches, squared_distance
 from dcp_prune.models.layout import frames_layout, plain_layout, with_separators
@@ -44,7 +44,7 @@ def test_what_is_asked_for_has_a_token_in_every_frame_that_is_far_enough_away(ti
         VisualTokens.from_features(features, cls_attention=torch.full((1, 2 * N), 1 / N), text=still.text),
         positions=frames_layout(2, SIDE, SIDE).positions.unsqueeze(0),
     )
-    pruner = DCPPruner(num_tokens=4, time_weight=time_weight, confidence_margin=-4.0, reselect_members=False)
+    pruner = make_pruner("dcp", num_tokens=4, time_weight=time_weight, confidence_margin=-4.0, reselect_members=False)
     kept = pruner(video).indices
     assert features.shape == (1, 2 * N, D)
     on_it = [on_thing(kept - N * frame, 2)[0] for frame in range(2)]

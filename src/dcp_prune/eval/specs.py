@@ -138,8 +138,10 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Reads `dcp`, `dcp(text_weight=0)`, `mmtok@wrong`, `dcp(centres="facility_location")@noise=0.5` and
+    """Reads `dcp`, `dcp(text_weight=0)`, `mmtok@wrong`, `dcp(anchors="saliency",recovery=5.0)@noise=0.5` and
     `dcp(max_distance=0.05,num_tokens=(8,128))`; values are Python literals or `inf`.
+
+    A field of a group, as `DCPPruner.tatcs` is one, is written by its own name: `make_pruner` finds the group.
 
     Raises:
         UnknownPrunerError: no pruner of that name.
@@ -226,4 +228,6 @@ def _literal(node: ast.expr) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -27,25 +27,6 @@ def word_similarity(
     return cosines
 
 
-def smooth_over_lookalikes(
-    values: Float[Tensor, "b n t"],
-    similarity: Float[Tensor, "b n n"],
-    temperature: float,
-    mask: Bool[Tensor, "b n"] | None = None,
-) -> Float[Tensor, "b n t"]:
-    """Each token's values averaged over its lookalikes, with weights softmax(similarity / temperature)."""
-    logits = similarity / temperature
-    if mask is not None:
-        logits = logits.masked_fill(~mask.unsqueeze(1), -torch.inf)
-    return logits.softmax(dim=2) @ values
-
-
-def word_strength(cosines: Float[Tensor, "b n t"]) -> Float[Tensor, "b t"]:
-    """Each word's best cosine relative to that of the strongest word: the ungated weight of a word, in [0, 1]."""
-    best = cosines.amax(dim=1).clamp(min=0.0)
-    return best / best.amax(dim=1, keepdim=True).clamp(min=_TINY)
-
-
 def word_confidence(
     cosines: Float[Tensor, "b n t"],
     *,
@@ -53,7 +34,6 @@ def word_confidence(
     text_mask: Bool[Tensor, "b t"] | None = None,
     margin: float = 0.0,
     span: float = 4.0,
-    robust: bool = False,
 ) -> Float[Tensor, "b t"]:
     """How surely each word points at something in the image, in [0, 1]: how far its best token stands out.
 
@@ -66,22 +46,14 @@ def word_confidence(
         text_mask: False marks padded words, whose confidence is 0. `b t`.
         margin: standard deviations to ask for beyond chance; negative trusts words earlier.
         span: standard deviations from no confidence to full confidence.
-        robust: measure by median and median absolute deviation instead of mean and standard deviation. A thing that
-            fills a share p of the image cannot exceed a z-score of sqrt((1 - p) / p) by the latter.
     """
     if mask is None:
         mask = torch.ones(cosines.shape[:2], dtype=torch.bool, device=cosines.device)
     real = mask.unsqueeze(-1)
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    if robust:
-        known = cosines.masked_fill(~real, torch.nan)
-        centre = known.nanmedian(dim=1, keepdim=True).values
-        spread = 1.4826 * (known - centre).abs().nanmedian(dim=1).values
-        centre = centre.squeeze(1)
-    else:
-        centre = cosines.masked_fill(~real, 0.0).sum(dim=1) / count
-        offset = (cosines - centre.unsqueeze(1)).masked_fill(~real, 0.0)
-        spread = (offset.square().sum(dim=1) / count).sqrt()
+    centre = cosines.masked_fill(~real, 0.0).sum(dim=1) / count
+    offset = (cosines - centre.unsqueeze(1)).masked_fill(~real, 0.0)
+    spread = (offset.square().sum(dim=1) / count).sqrt()
     best = cosines.masked_fill(~real, -torch.inf).amax(dim=1)
     # A spread at rounding level is a flat map, not a sharp one.
     z = torch.where(spread > 1e-6, (best - centre) / spread.clamp(min=1e-6), 0.0)

@@ -17,6 +17,7 @@ from dcp_prune.errors import InvalidInputError, MissingSignalError, NonFiniteErr
 from dcp_prune.functional.selection import masked_topk
 from dcp_prune.functional.similarity import gather_tokens, widened
 from dcp_prune.pruners.batching import join_tiles, regroup, split_tiles, take_rows
+from dcp_prune.pruners.options import Checked
 from dcp_prune.tokens import (
     EncoderReduction,
     EncoderTokens,
@@ -31,7 +32,7 @@ _CACHED_PAIRS = 1_500_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderStage(ABC):
+class EncoderStage(Checked, ABC):
     """A reduction inside the vision encoder: of the tokens that leave layer `layer` it keeps `num_tokens`.
 
     The signals in `requires` are those of that same layer. Implementations are frozen dataclasses and pure: what one
@@ -77,8 +78,9 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner(ABC):
-    """Turns `VisualTokens` into `PrunedTokens`; configuration, repr and cache key at once.
+class Pruner(Checked, ABC):
+    """Turns `VisualTokens` into `PrunedTokens`; configuration, repr and cache key at once. The types of the fields say
+    what they may be.
 
     Attributes:
         num_tokens: visual tokens to keep per image; give this or `keep_ratio`. A range (fewest, most) is for pruners
@@ -101,6 +103,7 @@ class Pruner(ABC):
             if is_range(given := getattr(self, name)):
                 object.__setattr__(self, name, tuple(given))  # a list, as from a file, has no hash
         _ = self.budget  # refuses what makes no sense
+        super().__post_init__()
 
     @property
     def budget(self) -> Budget:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.selection import greedy_determinant
 from dcp_prune.functional.similarity import gather_tokens, vector_lengths, widened
 from dcp_prune.pruners.base import SelectionPruner
@@ -36,14 +35,6 @@ class CDPruner(SelectionPruner):
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLIP_SIMILARITY})
 
     relevance_extent: Extent = "image"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.relevance_extent not in get_args(Extent):
-            raise InvalidInputError(
-                f"CDPruner: relevance_extent must be one of {', '.join(get_args(Extent))}, "
-                f"got {self.relevance_extent!r}"
-            )
 
     @property
     def joint(self) -> bool:

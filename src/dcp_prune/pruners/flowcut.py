@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError, NonFiniteError
+from dcp_prune.errors import NonFiniteError
 from dcp_prune.pruners.base import EncoderStage, ScorePruner, missing_signals
+from dcp_prune.pruners.options import Rule, is_number
 from dcp_prune.tokens import EncoderReduction, EncoderTokens, Signal, VisualTokens
 
 SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.VALUES, Signal.CLS_VALUE_AFFINITY})
 BatchDrop = Literal["image", "largest"]
+Memory = Annotated[float, Rule("lie in [0, 1)", lambda x: is_number(x) and 0 <= x < 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +130,8 @@ class FlowCutPruner(ScorePruner):
 
     requires: ClassVar[frozenset[Signal]] = SIGNALS
 
-    memory: float = 0.5
+    memory: Memory = 0.5
     batch_drop: BatchDrop = "image"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.memory < 1:
-            raise InvalidInputError(f"FlowCutPruner: memory must lie in [0, 1), got {self.memory!r}")
-        if self.batch_drop not in get_args(BatchDrop):
-            raise InvalidInputError(
-                f"FlowCutPruner: batch_drop must be one of {', '.join(get_args(BatchDrop))}, got {self.batch_drop!r}"
-            )
 
     def encoder_stages(self, num_original: int, num_layers: int) -> tuple[EncoderStage, ...]:
         k = self.budget.resolve(num_original)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.selection import ordered_quota
 from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.pruners.options import Count
 from dcp_prune.tokens import Signal, VisualTokens
 
 
@@ -33,12 +33,7 @@ class HoloVPruner(SelectionPruner):
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION})
 
-    strips: int | None = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.strips is not None and self.strips < 1:
-            raise InvalidInputError(f"HoloVPruner: strips must be at least 1, got {self.strips!r}")
+    strips: Count | None = 16
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.clustering import max_coverage
 from dcp_prune.functional.similarity import cosine_similarity
 from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.pruners.options import Positive, Weight
 from dcp_prune.tokens import Signal, VisualTokens
 
 
@@ -35,14 +35,9 @@ class MMTokPruner(SelectionPruner):
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.ENCODER_FEATURES, Signal.TEXT})
 
-    alpha: float = 0.5
-    text_temperature: float = 0.02
-    vision_temperature: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.alpha >= 0 and self.text_temperature > 0 and self.vision_temperature > 0):
-            raise InvalidInputError(f"MMTokPruner: alpha must be 0 or more and temperatures above 0, got {self!r}")
+    alpha: Weight = 0.5
+    text_temperature: Positive = 0.02
+    vision_temperature: Positive = 0.2
 
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
         return self.select_among(tokens, k, tokens.mask)

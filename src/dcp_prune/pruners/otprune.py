@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.selection import greedy_determinant
 from dcp_prune.functional.similarity import gram, widened
 from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.pruners.options import Positive
 from dcp_prune.tokens import VisualTokens
 
 
@@ -29,12 +29,7 @@ class OTPrunePruner(SelectionPruner):
         InvalidInputError: gamma is not above 0.
     """
 
-    gamma: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.gamma > 0:
-            raise InvalidInputError(f"OTPrunePruner: gamma must be above 0, got {self.gamma!r}")
+    gamma: Positive = 0.01
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError
 from dcp_prune.pruners.base import ScorePruner
+from dcp_prune.pruners.options import Whole
 from dcp_prune.tokens import VisualTokens
 
 
@@ -24,12 +24,7 @@ class RandomPruner(ScorePruner):
         seed: of the draw.
     """
 
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise InvalidInputError(f"seed must be a whole number, got {self.seed!r}")
+    seed: Whole = 0
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "b n"]:
         generator = torch.Generator().manual_seed(self.seed)

@@ -8,10 +8,10 @@ from typing import ClassVar
 from jaxtyping import Int
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.clustering import facility_location
 from dcp_prune.functional.similarity import cosine_similarity
 from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.pruners.options import Weight
 from dcp_prune.tokens import Signal, VisualTokens
 
 
@@ -30,12 +30,7 @@ class SCOPEPruner(SelectionPruner):
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES})
 
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.alpha >= 0:
-            raise InvalidInputError(f"SCOPEPruner: alpha must be 0 or more, got {self.alpha!r}")
+    alpha: Weight = 1.0
 
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
         similarity = cosine_similarity(self.read(tokens, Signal.ENCODER_FEATURES))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.selection import masked_topk
 from dcp_prune.functional.similarity import cosine_similarity, gather_tokens
 from dcp_prune.pruners.base import Pruner, Selection
+from dcp_prune.pruners.options import Rule, is_whole
 from dcp_prune.tokens import Signal, VisualTokens
 
 Merge = Literal["add", "mean", "none"]
+Contextual = Annotated[int, Rule("be a whole number of at least 0", lambda x: is_whole(x) and x >= 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +42,9 @@ class VisionZipPruner(Pruner):
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
 
-    contextual: int | None = None
+    contextual: Contextual | None = None
     merge: Merge = "add"
     cls_in_budget: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.contextual is not None and self.contextual < 0:
-            raise InvalidInputError(f"VisionZipPruner: contextual must be 0 or more, got {self.contextual!r}")
-        if self.merge not in get_args(Merge):
-            raise InvalidInputError(
-                f"VisionZipPruner: merge must be one of {', '.join(get_args(Merge))}, got {self.merge!r}"
-            )
 
     def num_contextual(self, k: int) -> int:
         """How many of k tokens are contextual; at least one token stays dominant."""

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dcp_prune.errors import InvalidInputError
 from dcp_prune.functional.similarity import cosine_similarity
 from dcp_prune.pruners.base import SelectionPruner
+from dcp_prune.pruners.options import Count, Share
 from dcp_prune.tokens import Signal, VisualTokens
 
 
@@ -32,15 +32,8 @@ class VisPruner(SelectionPruner):
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES})
 
-    important_share: float = 0.5
-    per_round: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.important_share <= 1:
-            raise InvalidInputError(f"VisPruner: important_share must lie in [0, 1], got {self.important_share!r}")
-        if self.per_round < 1:
-            raise InvalidInputError(f"VisPruner: per_round must be at least 1, got {self.per_round!r}")
+    important_share: Share = 0.5
+    per_round: Count = 8
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import torch
@@ -95,7 +96,8 @@ class PrunedLlava(lmms):
                     "save one beside it as chat_template.jinja"
                 )
             self.system_prompt = self._resolve_system_prompt(system_prompt)
-        logger.info(f"{MODEL_ID}: {pretrained} with {self.pruner or 'all visual tokens'}")
+        shown = f"{self.pruner or 'all visual tokens'} of dcp-prune {version('dcp-prune')}"
+        logger.info(f"{MODEL_ID}: {pretrained} with {shown}")
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers every request, in the order of the requests; what the task or the model raise comes out.
