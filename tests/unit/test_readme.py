@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from dcp_prune.cli import main as main_of_cli
 from dcp_prune.registry import get_pruner, list_pruners
 from dcp_prune.report.pages import main
 
@@ -37,11 +39,24 @@ def test_the_python_example_runs_as_it_stands_and_reads_sixteen_tokens(tmp_path)
     assert ids.shape[1] > names["inputs"]["input_ids"].shape[1]  # type: ignore[attr-defined, index]
 
 
+def test_the_pruners_are_listed_as_their_files_describe_them(tmp_path):
+    written = tmp_path / "pruners.json"
+    main_of_cli(["list", "--pruners", "--json", str(written)])
+    assert written.read_text() == (PROJECT / "results" / "pruners.json").read_text(), "run `make report`"
+    rows = {row["name"]: row for row in json.loads(written.read_text())["pruners"]}
+    assert set(rows) == set(list_pruners())
+    assert rows["scope"]["paper"] == "arXiv 2510.24214"
+    assert rows["random"]["paper"] is None
+    assert all(row["summary"] and (PROJECT / row["source"]).is_file() for row in rows.values())
+
+
 @pytest.mark.parametrize("name", list_pruners())
-def test_every_pruner_is_listed_with_its_source(name):
-    source = get_pruner(name).__module__.replace(".", "/") + ".py"
+def test_every_pruner_has_a_page_and_a_row(name):
     (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` | ") and "[source]" in line]
-    assert f"[source](src/{source})" in row
+    assert f"[source](src/{get_pruner(name).__module__.replace('.', '/')}.py)" in row
+    page = re.search(r"\[how\]\((.*?)\)", row)
+    assert page is not None
+    assert f"`{name}`" in (PROJECT / page[1]).read_text()
 
 
 def test_the_architecture_page_names_every_module_but_the_methods():

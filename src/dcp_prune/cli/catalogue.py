@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -15,33 +17,30 @@ if TYPE_CHECKING:
 
 
 @app.command(name="list")
-def list_(*, models: Annotated[bool, Parameter(negative=())] = False, json: Json = None) -> None:
+def list_(
+    *,
+    models: Annotated[bool, Parameter(negative=())] = False,
+    pruners: Annotated[bool, Parameter(negative=())] = False,
+    json: Json = None,
+) -> None:
     """Show the pruners and the models that there are.
 
     Parameters
     ----------
     models
         Show what each model class supports, from the flags of its adapter.
+    pruners
+        Show the pruners alone, with their papers.
     """
     check_outputs(json)
     if models:
         matrix = _supported_models()
         report_result({"models": matrix}, json, lambda console: _show_matrix(console, matrix))
         return
-    from dcp_prune.registry import get_pruner, list_pruners
-    from dcp_prune.tokens import Signal
-
-    pruners = []
-    for name in list_pruners():
-        cls = get_pruner(name)
-        signals = cls.requires | cls.optional
-        pruners.append(
-            {
-                "name": name,
-                "summary": (cls.__doc__ or "").strip().split("\n\n")[0].replace("\n", " "),
-                "reads": [signal.value for signal in Signal if signal in signals],
-            }
-        )
+    rows = _pruners()
+    if pruners:
+        report_result({"pruners": rows}, json, lambda console: _show_lists(console, {"Pruners": rows}))
+        return
     from dcp_prune.models import supported_architectures
 
     known = [
@@ -55,17 +54,43 @@ def list_(*, models: Annotated[bool, Parameter(negative=())] = False, json: Json
             for name in supported_architectures()
         ),
     ]
+    lists = {"Pruners": rows, "Models": known}
+    report_result({title.lower(): each for title, each in lists.items()}, json, lambda out: _show_lists(out, lists))
 
-    def show(console: Console) -> None:
-        for title, rows in (("Pruners", pruners), ("Models", known)):
-            table = Table(title, "", box=None, pad_edge=False)
-            for row in rows:
-                reads = f" [reads {', '.join(row['reads'])}]" if row.get("reads") else ""
-                table.add_row(f"  {row['name']}", " ".join(f"{row['summary']}".split()) + reads.replace("[", "\\["))
-            console.print(table)
-            console.print()
 
-    report_result({"pruners": pruners, "models": known}, json, show)
+def _pruners() -> list[dict[str, Any]]:
+    """One row per pruner. The first line of its file says what it keeps and names the paper."""
+    from dcp_prune.registry import get_pruner, list_pruners
+    from dcp_prune.tokens import Signal
+
+    rows = []
+    for name in list_pruners():
+        cls = get_pruner(name)
+        signals = cls.requires | cls.optional
+        head = (sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
+        found = re.fullmatch(r"[^:(]*(?:\((?P<paper>[^)]+)\)[^:]*)?: (?P<keeps>.+)\.", head)
+        rows.append(
+            {
+                "name": name,
+                "summary": found["keeps"] if found else (cls.__doc__ or "").strip().partition("\n")[0],
+                "reads": [signal.value for signal in Signal if signal in signals],
+                "source": f"src/{cls.__module__.replace('.', '/')}.py",
+                "paper": found["paper"] if found else None,
+            }
+        )
+    return rows
+
+
+def _show_lists(console: Console, lists: dict[str, list[dict[str, Any]]]) -> None:
+    for title, rows in lists.items():
+        table = Table(title, "", box=None, pad_edge=False)
+        for row in rows:
+            extra = [f"reads {', '.join(row['reads'])}"] if row.get("reads") else []
+            extra += [row["paper"]] if len(lists) == 1 and row.get("paper") else []
+            text = " ".join([row["summary"], *(f"[{each}]" for each in extra)])
+            table.add_row(f"  {row['name']}", text.replace("[", "\\["))
+        console.print(table)
+        console.print()
 
 
 def _refused_pruners(adapter: type[ModelAdapter]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""CDPruner (arXiv 2506.10967): diverse tokens, conditioned on the question through CLIP's text tower."""
+"""CDPruner (arXiv 2506.10967): diverse tokens, weighted by CLIP's reading of the question, which no adapter gives."""
 
 from __future__ import annotations
 

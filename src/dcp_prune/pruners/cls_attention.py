@@ -1,4 +1,4 @@
-"""Top-k by [CLS] attention: FasterVLM's rule (arXiv 2412.01818)."""
+"""FasterVLM's rule (arXiv 2412.01818): what [CLS] attends to most."""
 
 from __future__ import annotations
 

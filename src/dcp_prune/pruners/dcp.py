@@ -1,4 +1,6 @@
-"""DCP-Prune (arXiv 2606.16633): recover anchors inside the encoder, re-select by text where too much would be lost.
+"""DCP-Prune (arXiv 2606.16633): representatives of clusters that cover the image and what the question speaks of.
+
+It recovers anchors inside the encoder, and re-selects by text where too much would be lost.
 
 An independent implementation: the paper's overview figure gives the parts, their order and their names; every formula
 is this project's own reading, and every choice in it a field of `ACGR`, `TATCS` or `Trigger`.

@@ -1,4 +1,4 @@
-"""DCP-Prune (arXiv 2606.16633) with its stages inside the encoder, as a preset."""
+"""DCP-Prune (arXiv 2606.16633) as a preset: `dcp` behind stages that make the encoder faster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DivPrune (arXiv 2503.02175): the k tokens that lie farthest apart, by greedy max-min diversity."""
+"""DivPrune (arXiv 2503.02175): tokens far from each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlowCut (arXiv 2505.19536): progressive pruning inside the encoder, by what flows from token to [CLS]."""
+"""FlowCut (arXiv 2505.19536): what keeps flowing into [CLS], layer by layer; drops tokens inside the encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HoloV (arXiv 2510.02912): strips of the image share the budget by their attention."""
+"""HoloV (arXiv 2510.02912): the most attended tokens of each strip; strips share the budget by their attention."""
 
 from __future__ import annotations
 

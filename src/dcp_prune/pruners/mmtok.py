@@ -1,4 +1,4 @@
-"""MMTok (arXiv 2508.18264): tokens that cover the question's words and the image at once."""
+"""MMTok (arXiv 2508.18264): what covers the question's words and the image at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PruneSID (arXiv 2603.09480): groups along principal components, duplicates suppressed, budgets by what survives."""
+"""PruneSID (arXiv 2603.09480): the best of each principal component, duplicates removed."""
 
 from __future__ import annotations
 

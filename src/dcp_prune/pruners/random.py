@@ -1,4 +1,4 @@
-"""Random tokens: the floor that every method has to clear."""
+"""Random tokens: a seeded draw, the floor that every method has to clear."""
 
 from __future__ import annotations
 

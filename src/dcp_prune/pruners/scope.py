@@ -1,4 +1,4 @@
-"""SCOPE (arXiv 2510.24214): saliency times marginal coverage, greedily."""
+"""SCOPE (arXiv 2510.24214): saliency times what a token adds to the coverage of the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A regular grid of tokens: the floor for methods that look at the image."""
+"""Uniform tokens: a regular grid, the floor for methods that look at the image."""
 
 from __future__ import annotations
 

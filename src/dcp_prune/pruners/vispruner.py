@@ -1,4 +1,4 @@
-"""VisPruner (arXiv 2412.01818): the most attended tokens, and what is left of the rest after removing duplicates."""
+"""VisPruner (arXiv 2412.01818): the most attended tokens, and what is left of the rest without duplicates."""
 
 from __future__ import annotations
 

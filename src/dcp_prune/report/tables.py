@@ -77,6 +77,22 @@ def models(result: Result) -> str:
     return _markdown(header, body)
 
 
+def pruners(result: Result) -> str:
+    """What each pruner keeps, and where to read on: `dcp` first, then what was published, the floors last."""
+
+    def links(row: Result) -> str:
+        page = "dcp" if row["name"].startswith("dcp") else row["name"]
+        where, _, number = (row["paper"] or "").partition(" ")
+        paper = f"[paper](https://arxiv.org/abs/{number})" if where == "arXiv" else row["paper"] or ""
+        return f"[how](docs/methods/{page}.md) [source]({row['source']}) {paper}".strip()
+
+    def place(row: Result) -> tuple[bool, bool, str]:
+        return row["paper"] is None, not row["name"].startswith("dcp"), row["name"]
+
+    rows = [[f"`{row['name']}`", row["summary"], links(row)] for row in sorted(result["pruners"], key=place)]
+    return _markdown(["name", "what it keeps", ""], rows, texts=3)
+
+
 def views(result: Result) -> str:
     """Accuracy of the unpruned model with parts of a tiled image, for each base of the rotary positions."""
     names = {(NONE, True): "overview and tiles", (NONE, False): "no image"}
@@ -187,6 +203,7 @@ def soak(result: Result) -> str:
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "cost": cost,
     "models": models,
+    "pruners": pruners,
     "published": published,
     "selection": selection,
     "soak": soak,
@@ -209,7 +226,7 @@ def draw_table(kind: str, name: str, folder: Path) -> str:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         drawn = TABLES[kind](result)
-        return f"{drawn}\n\n{_source(name, result)}" if kind != "models" else drawn
+        return f"{drawn}\n\n{_source(name, result)}" if kind not in ("models", "pruners") else drawn
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InvalidInputError(f"{path} holds no {kind} results ({error!r}); write it anew") from error
 
@@ -250,7 +267,7 @@ def _verdict(ours: Result, theirs: Result) -> str:
     return f"{factor:.1f} x faster" if factor > 1 else f"{1 / factor:.1f} x slower"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column reads from the left, numbers from the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """The first columns, as many as hold text, read from the left, numbers from the right."""
+    rule = [*["---"] * texts, *["---:"] * (len(header) - texts)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
