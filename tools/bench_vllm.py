@@ -40,7 +40,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 from dcp_prune.environment import environment
 from dcp_prune.files import check_writable, to_json, write_atomically
 from dcp_prune.profiling.latency import build_config, build_model
-from dcp_prune.testbed.language import IMAGE, SPECIAL, make_tokenizer
+from dcp_prune.testbed.language import IMAGE, SPECIAL, make_tokenizer, vocabulary
 from dcp_prune.testbed.load import checkpoint_path
 from dcp_prune.testbed.seeds import TUNING
 from dcp_prune.testbed.world import make_scene
@@ -87,7 +87,7 @@ def make_large(folder: Path) -> Path:
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
     size = config.vision_config.image_size
     images = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(vocabulary())
     LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,

@@ -22,7 +22,7 @@ from dcp_prune.integrations.vllm.request import ImageRequest, from_inputs, to_in
 from dcp_prune.integrations.vllm.settings import Settings
 from dcp_prune.integrations.vllm.words import Words, turn_ends
 from dcp_prune.registry import list_pruners
-from dcp_prune.testbed.language import make_tokenizer
+from dcp_prune.testbed.language import make_tokenizer, vocabulary
 from dcp_prune.tokens import VisualTokens
 
 IMAGE, BOS, ASK, END = 9, 1, 7, 8
@@ -152,7 +152,7 @@ def test_prompts_without_words_or_with_too_few_placeholders_give_no_words() -> N
 
 
 def test_the_end_of_a_turn_is_read_from_the_chat_template() -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(vocabulary())
     assert turn_ends(tokenizer) == ((tokenizer.convert_tokens_to_ids("ASSISTANT:"),),)
     assert turn_ends(tokenizer, "USER:") == ((tokenizer.convert_tokens_to_ids("USER:"),),)
     tokenizer.chat_template = None

@@ -129,7 +129,7 @@ def test_answers_are_balanced_enough_that_guessing_does_not_pay():
 
 
 def test_the_tokenizer_knows_every_word_that_is_asked_or_answered():
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(vocabulary())
     for seed in SEEDS:
         for question in make_scene(seed, "crowded").questions:
             ids = tokenizer(f"{question.text} {question.answer}", add_special_tokens=False)["input_ids"]

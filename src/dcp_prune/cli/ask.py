@@ -47,7 +47,7 @@ def demo(
     num_tokens: Annotated[int, Whole, Parameter(help="Visual tokens to keep.")] = DEFAULT_NUM_TOKENS,
     images: Annotated[int, Whole, Parameter(help="How many images; two questions are asked about each.")] = 6,
     crowded: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Show 9 to 13 objects in an image instead of 4 to 7.")
+        bool, Parameter(negative="", show_default=False, help="Show about twice as many objects in an image.")
     ] = False,
     model: Model = "testbed",
     json: Json = None,
@@ -65,11 +65,14 @@ def demo(
     new_folder = output == DEMO_PICTURE and not output.parent.exists()
     check_outputs(output.parent if new_folder else output, json)
 
+    from dcp_prune.assistant import TESTBED_MODELS
     from dcp_prune.eval.demo import draw_demo, run_demo, summarise_demo
+    from dcp_prune.testbed.worlds import world_of
 
     with progress_bar("Loading the model") as advance:
         assistant = load_assistant(model)
-        shown = run_demo(assistant, pruners, images, "crowded" if crowded else "standard", progress=advance)
+        world = world_of(TESTBED_MODELS.get(model, model))
+        shown = run_demo(assistant, pruners, images, world, "crowded" if crowded else "standard", progress=advance)
     summary = summarise_demo(shown)
     output.parent.mkdir(exist_ok=True)
     write_atomically(output, png_bytes(draw_demo(shown, assistant.name)))

@@ -49,7 +49,8 @@ def eval_(
     ] = None,
     limit: Annotated[int, Whole, Parameter(help="How many questions; each image has 14.")] = 1000,
     difficulty: Annotated[
-        Literal["standard", "crowded"], Parameter(help="4 to 7 objects in an image, or 9 to 13.")
+        Literal["standard", "crowded", "cluttered"],
+        Parameter(help="how full an image is; cluttered is of the natural world."),
     ] = "standard",
     checkpoint: Annotated[
         str, Parameter(help="weak, aligned, or the folder of a model trained on the testbed.")
@@ -75,19 +76,28 @@ def eval_(
     from dcp_prune.eval.data.testbed import split_name
     from dcp_prune.eval.evaluate import evaluate, summarise
     from dcp_prune.eval.specs import plan
+    from dcp_prune.testbed.load import CHECKPOINTS
     from dcp_prune.testbed.tiles import TILED_GRID, with_tiles
     from dcp_prune.testbed.world import GRID
 
     methods = plan(names, budgets)
     split_name(seeds)
     with progress_bar("Loading the model") as advance:
-        assistant = load_assistant(f"testbed-{checkpoint}" if checkpoint in ("weak", "aligned") else checkpoint)
+        assistant = load_assistant(f"testbed-{checkpoint}" if checkpoint in CHECKPOINTS else checkpoint)
         model, processor = assistant.model, assistant.processor
         if tiles:
             model, processor = with_tiles(model, processor)
         grid = TILED_GRID if tiles else GRID
         evaluation = evaluate(
-            model, processor, methods, seeds, limit, difficulty=difficulty, grid=grid, progress=advance
+            model,
+            processor,
+            methods,
+            seeds,
+            limit,
+            difficulty=difficulty,
+            grid=grid,
+            checkpoint=checkpoint,
+            progress=advance,
         )
     result = {**summarise(evaluation), "checkpoint": checkpoint, "tiles": tiles, "environment": environment_now()}
 

@@ -61,7 +61,8 @@ def sweep(
         str, Parameter(help="Testbed: weak, aligned, or the folder of a model trained on it.")
     ] = "weak",
     difficulty: Annotated[
-        Literal["standard", "crowded"], Parameter(help="Testbed: 4 to 7 objects in an image, or 9 to 13.")
+        Literal["standard", "crowded", "cluttered"],
+        Parameter(help="Testbed: how full an image is; cluttered is of the natural world."),
     ] = "standard",
     tiles: Tiles = False,
     seed_range: Annotated[

@@ -57,7 +57,9 @@ def validate(
     processes: Annotated[
         int | None, Whole, Parameter(help="As for sweep: processes at once; if not said: one per core.")
     ] = None,
-    difficulty: Annotated[Literal["standard", "crowded"], Parameter(help="Testbed: as for sweep.")] = "standard",
+    difficulty: Annotated[
+        Literal["standard", "crowded", "cluttered"], Parameter(help="Testbed: as for sweep.")
+    ] = "standard",
     seed_range: Annotated[str | None, Parameter(help="Testbed: as for sweep.")] = None,
     distances: Annotated[bool, Parameter(negative="", help="As for sweep.")] = False,
     distance: Annotated[list[str] | None, Parameter(negative="", help="As for sweep; several times.")] = None,
@@ -71,7 +73,7 @@ def validate(
     tasks, disk and memory. No weights are loaded. Leaves with exit code 1 if there is a problem.
     """
     from dcp_prune.testbed.load import CHECKPOINTS, checkpoint_path
-    from dcp_prune.testbed.world import TASKS
+    from dcp_prune.testbed.worlds import world_of
 
     for option, value in (
         ("--limit", limit),
@@ -105,7 +107,7 @@ def validate(
         budgets=tuple(whole_numbers(num_tokens)) if num_tokens else (DEFAULT_NUM_TOKENS,),
         questions=limit if limit is not None or benchmarks or questions is not None else 1000,
         tasks=tuple(task or ()),
-        known_tasks=TASKS,
+        known_tasks=world_of(checkpoint).tasks,
         benchmarks=benchmarks,
         data=questions,
         output=output,

@@ -12,7 +12,8 @@ from PIL import Image
 from dcp_prune.assistant import Assistant, Reply, View
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.testbed.seeds import HELD_OUT
-from dcp_prune.testbed.world import TASKS, Difficulty, Question, Scene, make_scene
+from dcp_prune.testbed.world import Question
+from dcp_prune.testbed.worlds import World
 from dcp_prune.viz.overlay import Grid, Tile, enlarged, kept_tokens, sheet
 
 ALL = "all"
@@ -24,7 +25,7 @@ QUESTIONS_PER_IMAGE = 2
 class Asked:
     """One question with the replies of all methods, `ALL` first."""
 
-    scene: Scene
+    scene: Any
     view: View
     question: Question
     replies: Mapping[str, Reply]
@@ -34,17 +35,18 @@ def run_demo(
     assistant: Assistant,
     pruners: Mapping[str, Pruner],
     images: int,
-    difficulty: Difficulty = "standard",
+    world: World,
+    difficulty: str = "standard",
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Asked, ...]:
     """Asks two questions about each of the first held-out images; the tasks take turns, so that each has its share."""
     asked: list[Asked] = []
     for seed in HELD_OUT[:images]:
-        scene = make_scene(seed, difficulty)
+        scene = world.make_scene(seed, difficulty)
         view = assistant.look(Image.fromarray(scene.image), *pruners.values())
         for _ in range(QUESTIONS_PER_IMAGE):
-            task = TASKS[len(asked) % len(TASKS)]
+            task = world.tasks[len(asked) % len(world.tasks)]
             question = next(question for question in scene.questions if question.task == task)
             prompt = assistant.prompt(question.text)
             if not asked:  # the first call of each method pays for one-time work that says nothing about it

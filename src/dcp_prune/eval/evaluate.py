@@ -16,7 +16,8 @@ from dcp_prune.eval.asking.runner import Answered, Question, Runner
 from dcp_prune.eval.data.testbed import TestbedQuestions, split_name
 from dcp_prune.eval.specs import ALL_TOKENS, Method
 from dcp_prune.eval.statistics.intervals import Estimate, accuracy, paired_difference
-from dcp_prune.testbed.world import GRID, TASKS, Difficulty
+from dcp_prune.testbed.load import DEFAULT_CHECKPOINT
+from dcp_prune.testbed.worlds import FIRST
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Evaluation:
     """
 
     seeds: tuple[int, ...]
-    difficulty: Difficulty
+    difficulty: str
     image: Int[np.ndarray, "q"]
     task: np.ndarray
     answers: tuple[Answers, ...]
@@ -72,8 +73,9 @@ def evaluate(
     seeds: range,
     limit: int,
     *,
-    difficulty: Difficulty = "standard",
-    grid: int = GRID,
+    difficulty: str = "standard",
+    grid: int = FIRST.grid,
+    checkpoint: str = DEFAULT_CHECKPOINT,
     images_at_once: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -87,13 +89,14 @@ def evaluate(
         limit: questions; fewer if the seeds do not give as many.
         difficulty: of the scenes.
         grid: patches per side of the pictures.
+        checkpoint: what the model was loaded from; it says which world it knows.
         images_at_once: images whose questions form one batch.
         progress: called with the questions done and the questions in all.
 
     Raises:
         InvalidInputError: no seed, no question, seeds of several splits, or an answer that is not one token.
     """
-    source = TestbedQuestions(seeds, difficulty, limit, grid=grid)
+    source = TestbedQuestions(seeds, difficulty, limit, grid=grid, checkpoint=checkpoint)
     runner = Runner(model, processor, methods)
     assistant = Assistant("", model, processor)
     wrong = any(method.text.kind == "wrong" for method in methods)
@@ -131,7 +134,7 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
     in the paper). `paired` holds, for each budget, the first pruner's lead over each other one; `methods` the
     settings and seconds of each.
     """
-    tasks = [task for task in TASKS if (evaluation.task == task).any()]
+    tasks = [str(task) for task in dict.fromkeys(evaluation.task)]
     full = next((a for a in evaluation.answers if a.method.name == ALL_TOKENS and a.num_tokens > 0), None)
     first = next((a.method.name for a in evaluation.answers if a.method.pruner is not None), None)
     return {

@@ -1,10 +1,13 @@
-"""The words of the testbed: its tokenizer and the prompt that its model was trained on."""
+"""The words of the testbed: its tokenizers and the prompt that its models were trained on."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dcp_prune.testbed import natural
 from dcp_prune.testbed.world import CLASSES, COLORS, LETTERS, NUMBERS, QUADRANTS, WORDS
 
 PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"
@@ -25,13 +28,23 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Every token, in the order of its id."""
+    """Every token of the first world's models, in the order of its id."""
     return list(dict.fromkeys((*SPECIAL, *FUNCTION_WORDS, *CLASSES, *COLORS, *WORDS, *NUMBERS, *QUADRANTS, *LETTERS)))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, whatever its case; the role names are special tokens, so they never count as question words."""
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token=UNKNOWN))
+def natural_vocabulary() -> list[str]:
+    """Every token of the natural world's models, in the order of its id."""
+    words = (*natural.CLASSES, *COLORS, *natural.WORDS, *natural.NUMBERS, *QUADRANTS, *LETTERS, *natural.SCENES)
+    return list(dict.fromkeys((*SPECIAL, *FUNCTION_WORDS, "larger", "smaller", "than", "background", *words)))
+
+
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word, whatever its case; the role names are special tokens, so they never count as question words.
+
+    Args:
+        words: every token, in the order of its id.
+    """
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN))
     # The world's own questions stay as they are; people write "What colour is the cat?".
     tokenizer.normalizer = normalizers.Sequence(
         [

@@ -72,7 +72,7 @@ def make_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=make_tokenizer(),
+        tokenizer=make_tokenizer(vocabulary()),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         image_token=IMAGE,

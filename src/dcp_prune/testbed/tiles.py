@@ -19,7 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.testbed.language import IMAGE
 from dcp_prune.testbed.load import DEFAULT_CHECKPOINT, load
-from dcp_prune.testbed.world import GRID, PATCH
+from dcp_prune.testbed.world import GRID
 
 __all__ = ["ROPE_THETA", "TILED_GRID", "load_tiled", "with_tiles"]
 
@@ -103,7 +103,7 @@ def with_tiles(
     return made.to(model.device).eval(), LlavaNextProcessor(
         image_processor=images,
         tokenizer=known.tokenizer,
-        patch_size=PATCH,
+        patch_size=given.vision_config.patch_size,
         vision_feature_select_strategy=known.vision_feature_select_strategy,
         image_token=IMAGE,
         num_additional_image_tokens=known.num_additional_image_tokens,

@@ -14,8 +14,10 @@ from dcp_prune.eval.data.questions import Block, QuestionSet, describe_model, lo
 from dcp_prune.testbed.load import DEFAULT_CHECKPOINT, prompt
 from dcp_prune.testbed.seeds import split_of
 from dcp_prune.testbed.tiles import with_tiles
-from dcp_prune.testbed.world import GRID, TASKS, Difficulty, Scene, make_scene
+from dcp_prune.testbed.worlds import World, world_of
 
+GRID = 24
+"""Patches per side of the pictures that the models of both worlds know."""
 IMAGES_PER_BLOCK = 4
 """Images that are answered together: 56 questions, a few seconds for forty methods."""
 
@@ -34,11 +36,11 @@ class TestbedQuestions(QuestionSet):
         checkpoint: who answers: one that comes with the package, or the folder of a model trained on the testbed.
 
     Raises:
-        InvalidInputError: no seed, no question, seeds of several splits, or an unknown task.
+        InvalidInputError: no seed, no question, seeds of several splits, a task or difficulty that its world lacks.
     """
 
     seeds: range
-    difficulty: Difficulty
+    difficulty: str
     limit: int
     tasks: tuple[str, ...] = ()
     grid: int = GRID
@@ -50,13 +52,19 @@ class TestbedQuestions(QuestionSet):
         if self.limit < 1:
             raise InvalidInputError(f"limit must be at least 1 question, got {self.limit}")
         split_name(self.seeds)
+        self.world.check(self.difficulty)
         for task in self.tasks:
-            if task not in TASKS:
-                raise InvalidInputError(f"the testbed has no task {task!r}; it has {', '.join(TASKS)}")
+            if task not in self.world.tasks:
+                raise InvalidInputError(f"the testbed has no task {task!r}; it has {', '.join(self.world.tasks)}")
 
-    def scene(self, number: int) -> Scene:
+    @cached_property
+    def world(self) -> World:
+        """The world that who answers was trained on."""
+        return world_of(self.checkpoint)
+
+    def scene(self, number: int) -> Any:
         """The scene of `seeds[number]`."""
-        return make_scene(self.seeds[number], self.difficulty, self.grid)
+        return self.world.make_scene(self.seeds[number], self.difficulty, self.grid)
 
     @cached_property
     def slots(self) -> tuple[tuple[int, str], ...]:
@@ -74,7 +82,7 @@ class TestbedQuestions(QuestionSet):
         """How many scenes they are about."""
         return -(-self.questions // len(self.slots))
 
-    def asked(self, scene: Scene, number: int, place: int, *, wrong: bool = False) -> list[Question]:
+    def asked(self, scene: Any, number: int, place: int, *, wrong: bool = False) -> list[Question]:
         """The questions about the scene of `seeds[number]`, which is image `place` of a batch.
 
         Args:
@@ -83,7 +91,7 @@ class TestbedQuestions(QuestionSet):
             place: its position in the batch.
             wrong: whether the questions of the next scene are needed too.
         """
-        following = make_scene(scene.seed + 1, self.difficulty, self.grid).questions if wrong else None
+        following = self.world.make_scene(scene.seed + 1, self.difficulty, self.grid).questions if wrong else None
         slots = self.slots[: max(0, self.questions - number * len(self.slots))]
         return [
             Question(
