@@ -2,112 +2,32 @@
 
 from __future__ import annotations
 
-import base64
 import copy
-import io
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import openai
 import pytest
 from PIL import Image
+from served import PRUNER, QUESTION, TOKENS, Running, encode, fetch, generated, serve, shown, text
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dcp_prune.errors import DcpPruneError, InvalidInputError, UnsupportedVersionError
 from dcp_prune.integrations import serving
-from dcp_prune.integrations.serving import Server, listen, url_of
-from dcp_prune.integrations.transformers import get_handle, prune
-from dcp_prune.pruners.base import Pruner
+from dcp_prune.integrations.serving import Server, answers, listen
+from dcp_prune.integrations.transformers import get_handle
 from dcp_prune.registry import make_pruner
 from dcp_prune.testbed.load import load
 from dcp_prune.testbed.world import make_scene
 from tiny_llava import make_image
-
-TOKENS, QUESTION = 6, "where is the cat"
-PRUNER = make_pruner("dcp", num_tokens=8)
-
-
-@dataclass(frozen=True)
-class Running:
-    server: Server
-    url: str
-    client: openai.OpenAI
-    model: Any
-    processor: Any
-
-    def ask(self, *parts: dict[str, Any], **options: Any) -> Any:
-        messages: Any = [{"role": "user", "content": list(parts)}]
-        return self.client.chat.completions.create(
-            model=self.server.name, messages=messages, max_tokens=TOKENS, temperature=0, **options
-        )
-
-    def answer(self, *parts: dict[str, Any]) -> str:
-        return self.ask(*parts).choices[0].message.content
-
-    def expected(self, *parts: dict[str, Any], pruned: bool = True) -> str:
-        """On a copy of the model, which no server has seen."""
-        twin = LlavaForConditionalGeneration.from_pretrained(self.model.name_or_path).eval()
-        return generated(twin, self.processor, parts, PRUNER if pruned else None)
-
-
-def generated(model: Any, processor: Any, parts: Sequence[dict[str, Any]], pruner: Pruner | None) -> str:
-    """What `generate` answers under `prune`."""
-    read = [
-        {"type": "image", "image": decode(part["image_url"]["url"])} if part["type"] == "image_url" else part
-        for part in parts
-    ]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": read}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    with nullcontext() if pruner is None else prune(model, pruner, processor=processor):
-        ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def encode(image: Image.Image) -> dict[str, Any]:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return shown(f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}")
-
-
-def shown(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def decode(url: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-
-
-def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
-    """Status and text of a GET, or of a POST if there is a body."""
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        with urlopen(Request(url, data, {"Content-Type": "application/json"})) as answer:
-            return answer.status, answer.read().decode()
-    except HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def text(words: str) -> dict[str, Any]:
-    return {"type": "text", "text": words}
 
 
 @pytest.fixture(scope="module")
@@ -117,17 +37,8 @@ def running(tmp_path_factory: pytest.TempPathFactory, pristine_model: Any, proce
     pristine_model.save_pretrained(folder)
     processor.save_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    loaded = LlavaProcessor.from_pretrained(folder)
-    server = Server(model, loaded, PRUNER, name="tiny")
-    with listen("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, args=(listener,))
-        thread.start()
-        client = openai.OpenAI(base_url=url_of(listener), api_key="none", max_retries=0)
-        yield Running(server, url_of(listener).removesuffix("/v1"), client, model, loaded)
-        server.stop()
-        thread.join(timeout=20)
-        assert not thread.is_alive()
-    server.close()
+    with serve(model, LlavaProcessor.from_pretrained(folder)) as found:
+        yield found
     assert get_handle(model) is None
 
 
@@ -202,15 +113,17 @@ def test_the_responses_api_answers_too(running: Running) -> None:
 @pytest.mark.parametrize(
     ("part", "cause"),
     [
-        (shown("data:image/png;base64,bm8gaW1hZ2U="), "the image at data:image/png;base64 cannot be read"),
-        (shown(encode(make_image(1))["image_url"]["url"][:3000]), "cannot be read"),
-        (shown("http://127.0.0.1:9/no-server.png"), "the image at http://127.0.0.1:9/no-server.png cannot be read"),
+        (shown("data:image/png;base64,bm8gaW1hZ2U="), "the image at data:image/png;base64 is no image"),
+        (shown(encode(make_image(1))["image_url"]["url"][:3001]), "cannot be read: what follows is no base64"),
+        (shown(encode(make_image(1))["image_url"]["url"][:1502]), "the file is truncated or damaged"),
+        (shown("http://no.such.host.invalid/x.png"), "the image at http://no.such.host.invalid/x.png cannot be read"),
+        (shown("http://127.0.0.1:9/x.png"), "the image at http://127.0.0.1:9/x.png is not fetched"),
         (shown(str(Path(__file__))), "an image must be given as a data:"),
         (shown(""), "an image must be given as a data:"),
-        ({"type": "image_url"}, "the messages are not as OpenAI's API has them"),
+        ({"type": "image_url"}, "image_url is missing"),
         (text("<image> what is this"), "the text holds <image>"),
     ],
-    ids=["no image", "cut short", "unreachable", "path", "empty", "missing", "placeholder"],
+    ids=["no image", "no base64", "cut short", "unreachable", "private", "path", "empty", "missing", "placeholder"],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_broken_image_is_refused_with_a_sentence_and_the_server_goes_on(
@@ -225,7 +138,7 @@ def test_a_broken_image_is_refused_with_a_sentence_and_the_server_goes_on(
 def test_another_model_is_refused_and_the_own_one_listed(running: Running) -> None:
     assert [model.id for model in running.client.models.list()] == ["tiny"]
     messages: Any = [{"role": "user", "content": QUESTION}]
-    with pytest.raises(openai.BadRequestError, match="pinned to 'tiny'"):
+    with pytest.raises(openai.BadRequestError, match="this server has one model, tiny"):
         running.client.chat.completions.create(model="gpt", messages=messages)
     assert '"ready"' in fetch(f"{running.url}/load_model", {"model": "tiny"})[1]
     assert "this server has one model, tiny" in fetch(f"{running.url}/load_model", {"model": "gpt"})[1]
@@ -275,11 +188,12 @@ def test_a_processor_without_chat_template_is_refused(model: Any, processor: Any
 
 @pytest.fixture
 def import_anew(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    monkeypatch.delitem(sys.modules, serving.__name__)
+    for name in [name for name in sys.modules if name.startswith(serving.__name__)]:
+        monkeypatch.delitem(sys.modules, name)
     return lambda: import_module(serving.__name__)
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "openai"])
+@pytest.mark.parametrize("package", ["fastapi", "httpx2", "openai", "uvicorn"])
 def test_a_missing_package_names_the_extra(
     import_anew: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
@@ -289,27 +203,32 @@ def test_a_missing_package_names_the_extra(
 
 
 @pytest.mark.parametrize(
-    ("module", "name"),
+    "name",
     [
-        ("chat_completion", "ChatCompletionHandler"),
-        ("model_manager", "ModelManager"),
-        ("response", "ResponseHandler"),
-        ("utils", "BaseHandler"),
-        ("utils", "GenerationState"),
+        "cli.serving.chat_completion.ChatCompletionHandler",
+        "cli.serving.response.ResponseHandler",
+        "cli.serving.utils.BaseGenerateManager",
+        "cli.serving.utils.DirectStreamer",
+        "cli.serving.utils.InferenceThread",
+        "cli.serving.utils._GenerationCancelled",
+        "cli.serving.utils._StreamError",
+        "utils.chat_template_utils._get_template_variables",
     ],
 )
 def test_each_private_name_of_transformers_that_vanishes_is_one_sentence(
-    import_anew: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, module: str, name: str
+    import_anew: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.delattr(f"transformers.cli.serving.{module}.{name}")
+    monkeypatch.delattr(f"transformers.{name}")
     with pytest.raises(UnsupportedVersionError, match=r"another `transformers serve`.*install transformers 5.19"):
         import_anew()
 
 
+@pytest.mark.parametrize("handler", ["ChatCompletionHandler", "ResponseHandler"])
+@pytest.mark.parametrize("method", ["_streaming", "_non_streaming"])
 def test_a_private_signature_that_changes_is_one_sentence_and_leaves_the_model_alone(
-    model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch, handler: str, method: str
 ) -> None:
-    monkeypatch.setattr(serving, "ChatCompletionHandler", lambda manager: None)
+    monkeypatch.setattr(getattr(answers, handler), method, lambda self, request: None)
     with pytest.raises(UnsupportedVersionError, match="another `transformers serve`"):
         Server(model, processor, PRUNER, name="tiny")
     assert get_handle(model) is None

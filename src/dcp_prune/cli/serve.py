@@ -30,6 +30,17 @@ def serve(
     keep_ratio: KeepRatio = None,
     host: Annotated[str, Parameter(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, Whole, Parameter(help="Where to listen; 0 takes any free port.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        Parameter(env_var="DCP_PRUNE_API_KEY", help="Answer only clients that send this key; if not said: everybody."),
+    ] = None,
+    allow_private_addresses: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Fetch pictures from this machine and its network as well, not only from public addresses.",
+        ),
+    ] = False,
 ) -> None:
     """Serve a model with pruned images behind the OpenAI API.
 
@@ -46,7 +57,14 @@ def serve(
     with listen(host, port) as listener:
         with progress_bar("Loading the model"):
             assistant = load_assistant(model)
-        server = Server(assistant.model, assistant.processor, chosen, name=assistant.name)
+        server = Server(
+            assistant.model,
+            assistant.processor,
+            chosen,
+            name=assistant.name,
+            api_key=api_key,
+            allow_private_addresses=allow_private_addresses,
+        )
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         LOGGER.addHandler(handler)
