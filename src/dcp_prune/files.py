@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,54 @@ def check_writable(path: str | Path) -> Path:
     except OSError as error:
         raise InvalidInputError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
     return path
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path] = ()) -> tuple[Path, ...]:
+    """Makes sure that outputs can be written without loss of an input or of one another; leaves nothing behind.
+
+    Args:
+        outputs: files that are to be created or replaced.
+        inputs: files and folders that are read; no file below such a folder may be replaced.
+
+    Returns:
+        those outputs that are there already.
+
+    Raises:
+        InvalidInputError: one cannot be written, is an input by this name or another, or is named twice.
+    """
+    inputs = [path.expanduser() for path in inputs]
+    files = {_identity(path): path for path in inputs if path.is_file()}
+    folders = [path for path in inputs if path.is_dir()]
+    seen: dict[Hashable, Path] = {}
+    there = []
+    for path in outputs:
+        check_writable(path)
+        if path.exists() and not path.is_file():
+            continue  # a device keeps nothing that could be lost
+        identity = _identity(path)
+        if identity in files:
+            raise InvalidInputError(
+                f"cannot write {path}: it is {files[identity]}, which is read here; choose another name"
+            )
+        if identity in seen:
+            raise InvalidInputError(f"cannot write {path} and {seen[identity]}: they are one file; choose two names")
+        seen[identity] = path
+        if path.exists():
+            for folder in folders:
+                if path.resolve().is_relative_to(folder.resolve()):
+                    raise InvalidInputError(
+                        f"cannot write {path}: it is a file in {folder}, which is read here; choose another name"
+                    )
+            there.append(path)
+    return tuple(there)
+
+
+def _identity(path: Path) -> Hashable:
+    """The same for all names of a file: links, and what has not been made yet under one name."""
+    if not path.exists():
+        return path.resolve()
+    found = path.stat()
+    return (found.st_dev, found.st_ino)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

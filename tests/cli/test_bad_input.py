@@ -142,6 +142,42 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     _refused(dcp_prune("run", "--image", picture, *ASK, "--json", output), "cannot write")
 
 
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(name: str) -> None:
+        raise AssertionError("the model was loaded")
+
+    for command in ("ask", "compare", "serve"):
+        monkeypatch.setattr(f"dcp_prune.cli.{command}.load_assistant", never)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_output_over_an_input_is_refused_and_the_input_stays(
+    dcp_prune: Run, picture: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("inputs")
+    photo, questions = folder / "photo.png", folder / "questions.txt"
+    photo.write_bytes(picture.read_bytes())
+    questions.write_text("is there a cat in the picture ?\n")
+    before = [photo.read_bytes(), questions.read_bytes()]
+    compare = ("compare", "--images", folder, "--questions", questions, "--json")
+    for command in (
+        ("run", "--image", photo, *ASK, "--json", photo),
+        ("inspect", "--image", photo, *ASK, "--output", photo),
+        (*compare, questions),
+        (*compare, photo),
+    ):
+        _refused(dcp_prune(*command), "which is read here")
+    _refused(dcp_prune("inspect", "--image", photo, *ASK, "--output", "a", "--json", "a"), "they are one file")
+    assert [photo.read_bytes(), questions.read_bytes()] == before
+
+
+def test_a_file_that_is_replaced_is_named(dcp_prune: Run, picture: Path) -> None:
+    command = ("run", "--image", picture, *ASK, "--json", "out.json")
+    assert "replaced" not in dcp_prune(*command).err
+    assert "note: out.json is there already and is replaced" in dcp_prune(*command).err
+
+
 def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(
     dcp_prune: Run, picture: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ def demo(
         raise InvalidInputError(f"--images must be at least 1, got {images}")
     pruners = {name: make_pruner(name, num_tokens=num_tokens) for name in ("dcp", "random")}
     new_folder = output == DEMO_PICTURE and not output.parent.exists()
-    check_outputs(output.parent if new_folder else output, json)
+    check_outputs(output.parent if new_folder else output, json, inputs=(model,))
 
     from dcp_prune.assistant import TESTBED_MODELS
     from dcp_prune.eval.demo import draw_demo, run_demo, summarise_demo
@@ -213,7 +213,7 @@ def _prepare(
         raise InvalidInputError(
             'the question is empty; ask something, for example --question "what color is the cat ?"'
         )
-    check_outputs(*outputs)
+    check_outputs(*outputs, inputs=(image, model))
     loaded = load_image(image)
     for remark in loaded.notes:
         note(remark)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from dcp_prune import __version__
+from dcp_prune import __version__, files
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.files import check_writable, to_json, write_atomically
+from dcp_prune.files import to_json, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,10 +148,12 @@ def load_assistant(model: str) -> Assistant:
     return Assistant.load(model)
 
 
-def check_outputs(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and str(path) != "-":
-            check_writable(path)
+def check_outputs(*paths: Path | None, inputs: Iterable[Path | str | None] = ()) -> None:
+    """Refuses outputs that cannot be written or would destroy an input (a model's folder is one), and says what is
+    replaced."""
+    outputs = [path for path in paths if path is not None and str(path) != "-"]
+    for path in files.check_outputs(outputs, [Path(path) for path in inputs if path is not None]):
+        note(f"{path} is there already and is replaced")
 
 
 def environment_now() -> dict[str, Any]:

@@ -72,8 +72,6 @@ def compare(
     for option, value in (("--max-new-tokens", max_new_tokens), ("--batch-size", batch_size)):
         if value < 1:
             raise InvalidInputError(f"{option} must be at least 1, got {value}")
-    check_outputs(json)
-
     from dcp_prune.eval.compare import check_method
     from dcp_prune.eval.compare import compare as run
     from dcp_prune.eval.data.pictures import check_pictures, read_pictures
@@ -85,6 +83,7 @@ def compare(
     for method in methods:
         check_method(method)
     asked = read_pictures(images, questions)
+    check_outputs(json, inputs=(questions, model, *asked.images))
     with progress_bar("Reading the images", then="Reading the images") as advance:
         remarks = check_pictures(asked.images, advance)
     doubt = too_few(asked, keep, len(names))

@@ -71,7 +71,7 @@ def eval_(
     seeds = HELD_OUT if seed_range is None else seed_range_of(seed_range)
     if limit < 1:
         raise InvalidInputError(f"--limit must be at least 1 question, got {limit}")
-    check_outputs(json)
+    check_outputs(json, inputs=(checkpoint,))
 
     from dcp_prune.eval.data.testbed import split_name
     from dcp_prune.eval.evaluate import evaluate, summarise

@@ -83,7 +83,7 @@ def validate(
     ):
         if value is not None and value < 1:
             raise InvalidInputError(f"{option} must be at least 1, got {value}")
-    check_outputs(json)
+    check_outputs(json, inputs=(questions, model))
     del difficulty, distances, compact  # nothing about them can be wrong
 
     from dcp_prune.eval.asking.distances import check_distances
