@@ -134,6 +134,19 @@ class Assistant:
         processor: Any = self.processor
         return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
 
+    def _check_length(self, prompt: str, max_new_tokens: int) -> None:
+        config: Any = self.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        if most is None:
+            return
+        tokenizer: Any = self.processor.tokenizer  # type: ignore[attr-defined]
+        words = len(tokenizer(prompt)["input_ids"])
+        if words + max_new_tokens > most:
+            raise InvalidInputError(
+                f"the prompt has {words:,} tokens beside its image and {max_new_tokens:,} new ones are asked for, more "
+                f"than the {most:,} that {self.name} reads; shorten it, or ask for fewer"
+            )
+
     def unknown_words(self, question: str) -> tuple[str, ...]:
         """Words of the question that this model's tokenizer cannot tell from any other unknown word."""
         tokenizer: Any = self.processor.tokenizer  # type: ignore[attr-defined]
@@ -171,11 +184,12 @@ class Assistant:
 
         Raises:
             InvalidInputError: the prompt does not hold exactly one placeholder, the image was not encoded for this
-                pruner, or `max_new_tokens` is below 1.
+                pruner, `max_new_tokens` is below 1, or all of it is longer than the model's context.
         """
         check_placeholders(prompt, image_marker(self.processor))
         if max_new_tokens < 1:
             raise InvalidInputError(f"an answer needs at least 1 new token, got max_new_tokens={max_new_tokens}")
+        self._check_length(prompt, max_new_tokens)
         method = _method(pruner)
         if method not in view.seen.stages:
             raise InvalidInputError(f"the image was not encoded for {pruner}; hand it to assistant.look as well")

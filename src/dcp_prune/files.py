@@ -105,5 +105,9 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Indented, valid JSON: NaN and inf are refused rather than written."""
-    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    """Indented, valid JSON: NaN and inf are refused rather than written.
+
+    Bytes in the name of a file that are no UTF-8 are written as JSON's own escapes, which readers give back.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,3 +197,13 @@ def _refused(outcome: Any, cause: str) -> None:
     assert len(errors) == 1
     assert cause in errors[0]
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_picture_whose_name_is_no_utf8_is_asked_about_like_any_other(ask: Run, images: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (images / "0.png").rename(images / name)
+    outcome = ask(QUESTIONS[0], "--num-tokens", "8", "--max-new-tokens", "1", "--json", "out.json")
+    assert outcome.code == 0, outcome.err
+    asked = json.loads(Path("out.json").read_text(encoding="utf-8"))["answers"]
+    assert str(images / name) in {answer["image"] for answer in asked}

@@ -82,3 +82,15 @@ def test_without_the_extra_it_says_what_to_install(
     outcome = dcp_prune(*SWEEP.split())
     assert outcome.code == 2
     assert "need polars, which is not installed; run: pip install 'dcp-prune[eval]'" in outcome.err
+
+
+def test_an_interrupted_sweep_says_what_is_kept(dcp_prune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcp_prune.eval.sweep.sweep", interrupt)
+    outcome = dcp_prune("sweep", "--output", "records", "--limit", "14")
+    assert outcome.code == 130
+    assert outcome.err.strip() == (
+        "error: interrupted; what was finished is in records, and the same command goes on there"
+    )

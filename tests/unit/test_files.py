@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,9 @@ def test_json_never_holds_nan() -> None:
     assert to_json({"kappa": None}) == '{\n  "kappa": null\n}\n'
     with pytest.raises(ValueError, match="JSON"):
         to_json({"kappa": float("nan")})
+
+
+def test_a_name_that_is_no_utf8_survives_in_json() -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    text = to_json({"image": name, "café": 1})
+    assert json.loads(text.encode()) == {"image": name, "café": 1}

@@ -49,6 +49,12 @@ def test_a_file_is_read_in_order(tmp_path: Path) -> None:
     assert questions[1].image == tmp_path / "1.png"
 
 
+def test_marks_and_separators_of_unicode_end_no_line(tmp_path: Path) -> None:
+    odd = json.dumps(_line(1, question="what\u2028is\x85this"), ensure_ascii=False)
+    questions = read_questions(_write(tmp_path, "\ufeff" + json.dumps(_line(0)), "\ufeff" + odd))
+    assert [(q.line, q.question) for q in questions] == [(1, "what is red"), (2, "what\u2028is\x85this")]
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -56,6 +62,11 @@ def test_a_file_is_read_in_order(tmp_path: Path) -> None:
         ("[1, 2]", "line 2 holds a list"),
         (_line(1, image="none.png"), r"line 2: there is no image .*none\.png"),
         (_line(1, image="mine.jsonl"), "line 2: .*is no image"),
+        (_line(1, image="x" * 5000), r"line 2: there is no image .*xxx\.\.\."),
+        (_line(1, image="a\0.png"), "line 2: there is no image"),
+        (_line(1, image="\ud800.png"), "line 2 is no valid JSON"),
+        ('{"id": ' + "[" * 100_000, "line 2 is no valid JSON"),
+        (_line(1, question="x" * 60_000), "line 2: question has 60,000 characters"),
         (_line(1, image=""), "line 2: image is empty"),
         (_line(1, question=3), "line 2: question must be a text, got 3"),
         (_line(1, question=" "), "line 2: question is empty"),

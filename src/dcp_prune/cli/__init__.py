@@ -5,6 +5,7 @@ One module per group of commands; importing it registers them.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,9 @@ __all__ = ["app", "main"]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `dcp-prune`; leaves with exit code 2 and one sentence if what was typed cannot be done."""
     quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files, and terminals, are not always UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(_with_bare_json(sys.argv[1:] if arguments is None else arguments))
     except (DcpPruneError, cyclopts.CycloptsError) as error:
@@ -29,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         fail("interrupted; nothing was written", code=130)
+    except MemoryError:
+        fail("the memory is full; ask for less at once")
     except OSError as error:
         fail(f"the system refused: {error}")
 

@@ -205,6 +205,7 @@ def _prepare(
     image: Path, question: str | None, prompt: str | None, model: str, *outputs: Path | None
 ) -> tuple[LoadedImage, Assistant, str]:
     """Image, model and prompt; whatever can be refused without the model is refused before it is loaded."""
+    from dcp_prune.eval.data.files import LONGEST_QUESTION
     from dcp_prune.images import load_image
 
     if (question is None) == (prompt is None):
@@ -213,6 +214,9 @@ def _prepare(
         raise InvalidInputError(
             'the question is empty; ask something, for example --question "what color is the cat ?"'
         )
+    for option, words in (("--question", question), ("--prompt", prompt)):
+        if words is not None and len(words) > LONGEST_QUESTION:
+            raise InvalidInputError(f"{option} has {len(words):,} characters; {LONGEST_QUESTION:,} are the most")
     check_outputs(*outputs, inputs=(image, model))
     loaded = load_image(image)
     for remark in loaded.notes:

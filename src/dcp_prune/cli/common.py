@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -42,6 +42,7 @@ app = App(
     result_action="return_value",
     exit_on_error=False,
     print_error=False,
+    suppress_keyboard_interrupt=False,  # or Ctrl-C would leave without a word
 )
 
 
@@ -114,7 +115,7 @@ KeepRatio = Annotated[float | None, Parameter(help="Instead of a number: the sha
 ImageFile = Annotated[Path, Parameter(help="An image file, of any size and kind.")]
 
 
-def fail(sentence: str, code: int = 2) -> None:
+def fail(sentence: str, code: int = 2) -> NoReturn:
     sys.stderr.write(f"error: {sentence}\n")
     raise SystemExit(code)
 

@@ -14,6 +14,7 @@ from dcp_prune.cli.common import (
     Tiles,
     Whole,
     app,
+    fail,
     progress_bar,
     seed_range_of,
     whole_numbers,
@@ -125,16 +126,19 @@ def sweep(
         asked = JsonlQuestions(model, questions, own, batch_size, max_new_tokens)
         processes = processes or 1
         threads = max(1, cores // processes)
-    with progress_bar("Loading the model") as advance:
-        swept = run_sweep(
-            asked,
-            methods,
-            output,
-            distances=DISTANCE_NAMES if distances else distance or (),
-            processes=processes,
-            threads=threads,
-            backend="ray" if ray else "processes",
-            compact=compact,
-            progress=advance,
-        )
+    try:
+        with progress_bar("Loading the model") as advance:
+            swept = run_sweep(
+                asked,
+                methods,
+                output,
+                distances=DISTANCE_NAMES if distances else distance or (),
+                processes=processes,
+                threads=threads,
+                backend="ray" if ray else "processes",
+                compact=compact,
+                progress=advance,
+            )
+    except KeyboardInterrupt:
+        fail(f"interrupted; what was finished is in {output}, and the same command goes on there", code=130)
     print(f"{swept.answers:,} answers in {swept.folder}, {swept.new:,} of them new.")  # noqa: T201

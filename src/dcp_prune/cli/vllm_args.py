@@ -86,7 +86,7 @@ def _architecture_of(model: str) -> str:
     config = Path(model) / "config.json"
     try:
         if config.is_file():
-            return json.loads(config.read_text())["architectures"][0]
+            return json.loads(config.read_text(encoding="utf-8"))["architectures"][0]
         from transformers import AutoConfig
 
         names: Any = AutoConfig.from_pretrained(model).architectures

@@ -210,10 +210,15 @@ def _parse_call(call: str, label: str) -> tuple[str, dict[str, Any]]:
         tree = ast.parse(f"f({arguments}", mode="eval").body
         if not isinstance(tree, ast.Call) or tree.args or not all(keyword.arg for keyword in tree.keywords):
             raise ValueError
-        return name.strip(), {str(keyword.arg): _literal(keyword.value) for keyword in tree.keywords}
-    except (SyntaxError, ValueError):
+        options = {str(keyword.arg): _literal(keyword.value) for keyword in tree.keywords}
+        if len(options) < len(tree.keywords):
+            raise ValueError
+        return name.strip(), options
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the last two of signs and brackets in thousands
+        shown = repr(label if len(label) <= 100 else f"{label[:97]}...")
         raise InvalidInputError(
-            f"{label!r} cannot be read; write name(field=value, ...) with numbers, 'text', True, False or None"
+            f"{shown} cannot be read; write name(field=value, ...) with numbers, 'text', True, False or None, "
+            "each field once"
         ) from None
 
 

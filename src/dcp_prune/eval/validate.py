@@ -258,7 +258,7 @@ def _weights(folder: Path) -> tuple[list[str], int, int]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            wanted: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            wanted: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             by_file: dict[str, set[str]] = {}
             for tensor, file in wanted.items():
                 by_file.setdefault(file, set()).add(tensor)
@@ -307,7 +307,7 @@ def _build(name: str, config_file: Path) -> tuple[_Blueprint | None, Check]:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
-        kind = (json.loads(config_file.read_text()).get("architectures") or ["unknown"])[0]
+        kind = (json.loads(config_file.read_text(encoding="utf-8")).get("architectures") or ["unknown"])[0]
         supported = supported_architectures()
         if kind not in supported:
             return None, Check(
@@ -492,7 +492,7 @@ def _known_benchmarks(folder: Path) -> set[str]:
     pattern = re.compile(r"^\s*-?\s*(?:task|group|tag)\s*:\s*['\"]?([\w.\-]+)['\"]?\s*$", re.MULTILINE)
     names: set[str] = set()
     for file in [*folder.rglob("*.yaml"), *folder.rglob("*.yml")]:
-        names.update(pattern.findall(file.read_text(errors="replace")))
+        names.update(pattern.findall(file.read_text(encoding="utf-8", errors="replace")))
     return names
 
 
@@ -600,11 +600,11 @@ def _free_memory() -> tuple[str, int]:
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8"))
         free = [int(found[1]) * 1024] if found else free
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
-        free.append(int(most) - int(used.read_text()))
+    if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="utf-8").strip()).isdigit():
+        free.append(int(most) - int(used.read_text(encoding="utf-8")))
     return "in main memory", max(0, min(free))
 
 

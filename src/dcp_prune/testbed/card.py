@@ -109,8 +109,8 @@ def export(runs: Path, checkpoint: str, scenes: int) -> LlavaForConditionalGener
         "held_out_seeds": [seeds[0], seeds[-1]],
         "measured": {difficulty: measure(bundle, seeds, difficulty) for difficulty in DIFFICULTIES},
     }
-    (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    (directory / "README.md").write_text(card(record))
+    (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(card(record), encoding="utf-8")
     return half
 
 
@@ -192,7 +192,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     for checkpoint in args.checkpoint or CHECKPOINTS:
         export(args.runs, checkpoint, args.scenes)
-        print(card(json.loads((checkpoint_path(checkpoint) / "training.json").read_text())))
+        print(card(json.loads((checkpoint_path(checkpoint) / "training.json").read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ def text_lines(path: Path) -> list[tuple[int, str]]:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InvalidInputError(f"{path}, line {line}: this is no UTF-8 text; save the file as UTF-8") from None
-    # Only these end a line: U+2028 may stand inside a JSON text.
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    # Only these end a line: U+2028 may stand inside a JSON text. Files that were put together have several BOMs.
+    stripped = (line.strip().removeprefix("\ufeff").strip() for line in text.split("\n"))
+    lines = [(number, line) for number, line in enumerate(stripped, 1) if line]
     if not lines:
         raise InvalidInputError(f"{path} holds no question; write one on each line")
     return lines
@@ -106,8 +107,13 @@ def check_image(image: Path, place: str, folder: Path) -> None:
     Raises:
         InvalidInputError: there is none.
     """
-    if not image.is_file():
-        raise InvalidInputError(f"{place}: there is no image {image}; paths start at {folder}")
+    try:
+        there = image.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
+        shown = str(image) if len(str(image)) <= 200 else f"{str(image)[:200]}..."
+        raise InvalidInputError(f"{place}: there is no image {shown}; paths start at {folder}")
     try:
         Image.open(image).close()
     except Exception:  # Pillow's parsers raise kinds of their own on broken files
