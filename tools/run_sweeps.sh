@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=${1:-results}
 limit=${LIMIT:-4004}
 
-pruners=(random uniform cls_attention visionzip holov flowcut prunesid scope mmtok divprune vispruner otprune)
+pruners=(random uniform resize cls_attention visionzip holov flowcut prunesid scope score mmtok divprune vispruner otprune)
 damaged=(@wrong @noise=0.5 @noise=0.7 @noise=0.85 @noise=1) # what the pruner reads instead of the question
 stages='schedule=((0.5,0.5),(0.75,0.25))'
 variants=(
