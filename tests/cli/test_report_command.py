@@ -60,7 +60,8 @@ def test_a_report_is_one_command(dcp_prune: Run, records: Path) -> None:
         (("nowhere", "--output", "out"), "nowhere holds no records"),
         (("records", "--output", "records/manifest.json"), "it is a file; name a folder"),
         (("records", "--output", "records/manifest.json/deeper"), "cannot make the folder"),
-        (("records", "--output", "out", "--resamples", "10"), "at least 100, got 10"),
+        (("records", "--output", "out", "--resamples", "10"), "from 100 to 50000, got 10"),
+        (("records", "--output", "out", "--resamples", "1000000000000"), "from 100 to 50000"),
         (("records",), "--output"),
     ],
 )

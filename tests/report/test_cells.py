@@ -96,9 +96,9 @@ def test_a_label_with_other_options_in_another_folder_is_refused(sweep):
         (lambda folder: (folder / "parts" / "000000-0.parquet").write_bytes(b"PAR1"), "cut short"),
         (
             lambda folder: (folder / "manifest.json").write_text(
-                json.dumps({**json.loads((folder / "manifest.json").read_text()), "version": 2})
+                json.dumps({**json.loads((folder / "manifest.json").read_text()), "version": 3})
             ),
-            "is of version 2, and this program reads version 1",
+            "is of version 3, and this program reads version 1 and 2",
         ),
     ],
 )

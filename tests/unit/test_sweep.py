@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -18,6 +20,7 @@ from counting import METHODS, CountingQuestions
 from dcp_prune.errors import DcpPruneError, InvalidInputError, RecordsError
 from dcp_prune.eval.records import SCHEMA, read_records
 from dcp_prune.eval.records import folder as folder_module
+from dcp_prune.eval.records.manifest import signed
 from dcp_prune.eval.specs import plan
 from dcp_prune.eval.sweep import sweep
 
@@ -165,12 +168,13 @@ def test_two_sweeps_never_write_to_one_folder(tmp_path: Path) -> None:
 
 def test_compacting_keeps_every_row_and_goes_on_afterwards(tmp_path: Path) -> None:
     sweep(CountingQuestions(), METHODS[:2], tmp_path, compact=True)
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".parquet"] == ["records.parquet"]
-    assert not list((tmp_path / "parts").iterdir())
-    sweep(CountingQuestions(), METHODS, tmp_path)
-    assert _answers(tmp_path) == _expected(5)
-    sweep(CountingQuestions(), METHODS, tmp_path, compact=True)
-    assert _answers(tmp_path) == _expected(5)
+    for _ in range(2):
+        assert len(list(tmp_path.glob("*.parquet"))) == len(list(tmp_path.glob("records-*.parquet"))) == 1
+        assert not list((tmp_path / "parts").iterdir())
+        sweep(CountingQuestions(), METHODS, tmp_path)
+        assert _answers(tmp_path) == _expected(5)
+        sweep(CountingQuestions(), METHODS, tmp_path, compact=True)
+        assert _answers(tmp_path) == _expected(5)
 
 
 def test_compacted_records_need_no_folder_of_parts(tmp_path: Path) -> None:
@@ -228,22 +232,165 @@ def test_other_distances_are_not_mixed_in(tmp_path: Path) -> None:
 def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
     sweep(CountingQuestions(), METHODS[:1], tmp_path)
     path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
     for use in (lambda: read_records(tmp_path), lambda: sweep(CountingQuestions(), METHODS[:1], tmp_path)):
-        with pytest.raises(RecordsError, match="of version 2, and this program reads version 1"):
+        with pytest.raises(RecordsError, match="of version 3, and this program reads version 1 and 2"):
             use()
 
 
-def test_a_part_that_is_cut_short_is_named_with_the_way_out(tmp_path: Path) -> None:
-    sweep(CountingQuestions(), METHODS, tmp_path)
-    part = sorted((tmp_path / "parts").iterdir())[1]
+def test_a_folder_of_version_1_is_read_goes_on_and_is_compacted_to_version_2(tmp_path: Path) -> None:
+    sweep(CountingQuestions(), METHODS[:2], tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    for number, part in enumerate((tmp_path / "parts").iterdir()):
+        part.rename(part.with_name(f"{number:06d}-0123456789ab.parquet"))
+    assert sweep(CountingQuestions(), METHODS, tmp_path).new == 4 * 15
+    assert read_records(tmp_path).manifest["version"] == 1
+    sweep(CountingQuestions(), METHODS, tmp_path, compact=True)
+    assert read_records(tmp_path).manifest["version"] == 2
+    assert _answers(tmp_path) == _expected(5)
+
+
+def _cut(part: Path) -> None:
     part.write_bytes(part.read_bytes()[:-100])
+
+
+def _flip_a_bit(part: Path) -> None:
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 4
+    part.write_bytes(data)
+
+
+def _copy_another(part: Path) -> None:
+    first = min(part.parent.iterdir())
+    part.write_bytes(first.read_bytes())
+
+
+def _rename(part: Path) -> None:
+    part.rename(part.with_name(f"000009-{part.name.partition('-')[2]}"))
+
+
+@pytest.mark.parametrize("spoil", [_cut, _flip_a_bit, _copy_another, _rename])
+def test_a_part_that_is_not_what_was_written_is_named_with_the_way_out(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    sweep(CountingQuestions(), METHODS, tmp_path)
+    spoil(sorted((tmp_path / "parts").iterdir())[1])
     for use in (lambda: read_records(tmp_path), lambda: sweep(CountingQuestions(), METHODS, tmp_path)):
-        with pytest.raises(RecordsError, match=f"{part.name} cannot be read, it may be cut short.*delete it"):
+        with pytest.raises(RecordsError, match=r"is not what was written there.*delete it") as caught:
             use()
-    part.unlink()
+    Path(str(caught.value).partition(" is not")[0]).unlink()
     assert sweep(CountingQuestions(), METHODS, tmp_path).new == 18
     assert _answers(tmp_path) == _expected(5)
+
+
+def test_every_bit_of_a_part_and_of_compacted_records_counts(tmp_path: Path) -> None:
+    sweep(CountingQuestions(1), METHODS[:1], tmp_path / "parts-only")
+    sweep(CountingQuestions(1), METHODS[:1], tmp_path / "compacted", compact=True)
+    for path in (*(tmp_path / "parts-only" / "parts").iterdir(), *(tmp_path / "compacted").glob("*.parquet")):
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 37):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(RecordsError, match="is not what was written there"):
+                read_records(tmp_path / path.relative_to(tmp_path).parts[0])
+        path.write_bytes(whole)
+
+
+def test_a_part_of_another_model_is_refused(tmp_path: Path) -> None:
+    class OtherModel(CountingQuestions):
+        def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+            return {"name": "somebody", "sha256": None}, super().describe()[1]
+
+    sweep(CountingQuestions(), METHODS, tmp_path / "mine")
+    sweep(OtherModel(), METHODS, tmp_path / "other")
+    stranger = min((tmp_path / "other" / "parts").iterdir())
+    (tmp_path / "mine" / "parts" / stranger.name).write_bytes(stranger.read_bytes())
+    with pytest.raises(RecordsError, match=f"{stranger.name} is not what was written there.* of other records"):
+        read_records(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_rows_whose_manifest_is_lost_are_nobodys(tmp_path: Path, compact: bool) -> None:
+    sweep(CountingQuestions(), METHODS, tmp_path, compact=compact)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(RecordsError, match=r"holds rows, but manifest.json, .* is missing"):
+        sweep(CountingQuestions(), METHODS, tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"methods": 5}, "methods must be a valid array, got 5"),
+        ({"methods": [5]}, "methods.0 must be an object"),
+        ({"methods": [{"method": "random"}]}, "has no methods.0.pruner"),
+        ({"methods": [{"method": "x", "pruner": "x", "num_tokens": None, "text": "", "options": {}}]}, "no num_tokens"),
+        (
+            {"methods": [{"method": "x", "pruner": "x", "num_tokens": "8", "text": "", "options": {}}]},
+            "num_tokens must",
+        ),
+        ({"methods": [{"method": "x", "pruner": "x", "num_tokens": 8, "text": "", "options": None}]}, "options must"),
+        ({"model": "weak"}, "model must be"),
+        ({"source": []}, "source must be"),
+        ({"source": {}}, "has no source.kind"),
+        ({"source": {"kind": "testbed"}}, "source has no difficulty or checkpoint"),
+        ({"distances": None}, "distances must be"),
+        ({"environment": "here"}, "environment must be"),
+        ({"environment": {"packages": []}}, "environment.packages must be"),
+        ({"version": "2"}, "is of version 2"),
+        ({"version": None}, "is of version None"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
+    sweep(CountingQuestions(), METHODS[:1], tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for use in (lambda: read_records(tmp_path), lambda: sweep(CountingQuestions(), METHODS[:1], tmp_path)):
+        with pytest.raises(RecordsError, match=complaint) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (pl.lit(None, pl.Int32).alias("num_tokens"), "has rows without num_tokens"),
+        (pl.lit("8").alias("num_tokens"), "holds String in the column num_tokens"),
+        (pl.lit(3).alias("question"), "holds Int32 in the column question"),
+        (pl.lit(None, pl.Float32).alias("score"), "has rows without score"),
+    ],
+)
+def test_rows_of_another_form_are_refused(tmp_path: Path, change: pl.Expr, complaint: str) -> None:
+    sweep(CountingQuestions(), METHODS[:1], tmp_path, compact=True)
+    (path,) = tmp_path.glob("*.parquet")
+    rows = pl.read_parquet(path)
+    path.unlink()
+    rows.with_columns(change).write_parquet(tmp_path / "made.parquet")
+    data = (tmp_path / "made.parquet").read_bytes()
+    (tmp_path / "made.parquet").unlink()
+    (tmp_path / signed("records", read_records(tmp_path).manifest, data)).write_bytes(data)
+    for use in (lambda: read_records(tmp_path), lambda: sweep(CountingQuestions(), METHODS[:1], tmp_path)):
+        with pytest.raises(RecordsError, match=complaint):
+            use()
+
+
+def test_records_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    sweep(CountingQuestions(), METHODS[:1], tmp_path)
+    path = tmp_path / "manifest.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["environment"]["cpu"] = "é"
+    path.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+    read = "import sys; from dcp_prune.eval.records import read_records; " + (
+        "print(ascii(read_records(sys.argv[1]).manifest['environment']['cpu']))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", read, str(tmp_path)],
+        env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == r"'\xe9'"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}'])

@@ -11,6 +11,9 @@ from rich.console import Console
 from dcp_prune.cli.common import Whole, app
 from dcp_prune.errors import InvalidInputError
 
+MOST_RESAMPLES = 50_000
+"""More would fill the memory, and no interval would look different."""
+
 
 @app.command
 def report(
@@ -27,8 +30,8 @@ def report(
     """
     if not records:
         raise InvalidInputError("name at least one folder with the records of a sweep")
-    if resamples < 100:
-        raise InvalidInputError(f"--resamples must be at least 100, got {resamples}")
+    if not 100 <= resamples <= MOST_RESAMPLES:
+        raise InvalidInputError(f"--resamples must be from 100 to {MOST_RESAMPLES}, got {resamples}")
     from dcp_prune.report.build import build, prepare, write
 
     with Console(stderr=True).status("Reading") as status:

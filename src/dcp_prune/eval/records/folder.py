@@ -1,8 +1,11 @@
 """Records of a sweep: a folder of parquet parts that only grows, and a manifest that says what was asked.
 
-    manifest.json      what was asked of whom, and where it ran
-    parts/*.parquet    the rows of one block of questions and some methods; written atomically, never changed
-    records.parquet    all rows in one file, where the folder was compacted
+    manifest.json        what was asked of whom, and where it ran
+    parts/*.parquet      the rows of one block of questions and some methods; written atomically, never changed
+    records-*.parquet    all rows in one file, where the folder was compacted
+
+The name of each file with rows ends with a digest of its content and of whose answers it holds; what does not fit its
+name is refused. Folders of version 1 have no such names, and are read as they are.
 
 One row per method, budget and question; see `SCHEMA`. Distances beside kappa are further columns `eval.NAME` and
 `run.NAME`. A column `kept` says how many visual tokens the language model read; older records lack it, and had no
@@ -11,24 +14,20 @@ method whose questions differ in that.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import polars as pl
 from filelock import FileLock, Timeout
 
 from dcp_prune.errors import RecordsError
+from dcp_prune.eval.records.manifest import NAME, VERSION, joined, read_manifest, signed
 from dcp_prune.eval.records.rows import KEY, SCHEMA, to_part
 from dcp_prune.files import to_json, write_atomically
-
-VERSION = 1
-"""Of the layout; a folder of another version is refused."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,10 @@ def read_records(folder: str | Path) -> Records:
         RecordsError: no records there, another version, or a file that is cut short.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise RecordsError(f"{folder} holds no records, since manifest.json is missing; give the folder of a sweep")
-    return Records(_read_rows(folder), manifest)
+    return Records(_read_rows(folder, manifest), manifest)
 
 
 class RecordsFolder:
@@ -86,8 +85,8 @@ class RecordsFolder:
                 `updated`. Methods are added to those that are there.
 
         Raises:
-            RecordsError: another sweep is writing there, another version, or the folder's records are of other
-                questions, another model, other distances or other options of the same method.
+            RecordsError: another sweep is writing there, another version, rows without a manifest, or the folder's
+                records are of other questions, another model, other distances or other options of the same method.
         """
         path = Path(path)
         with _no_half_rows(path):
@@ -100,7 +99,13 @@ class RecordsFolder:
         try:
             for left in path.glob("**/.*.part"):  # of a sweep that was killed while it wrote
                 left.unlink()
-            folder = cls(path, _joined(path, _read_manifest(path), manifest))
+            before = read_manifest(path)
+            if before is None and any(_row_files(path)):
+                raise RecordsError(
+                    f"{path} holds rows, but {NAME}, which says whose answers they are, is missing; put it back from a "
+                    "copy, or choose another folder"
+                )
+            folder = cls(path, joined(path, before, manifest))
             folder.write_manifest()
             yield folder
         finally:
@@ -113,7 +118,7 @@ class RecordsFolder:
             RecordsError: it cannot be written.
         """
         with _no_half_rows(self.path):
-            write_atomically(self.path / "manifest.json", to_json(self.manifest).encode())
+            write_atomically(self.path / NAME, to_json(self.manifest).encode())
 
     def rows(self) -> pl.DataFrame:
         """All rows that are there.
@@ -121,7 +126,7 @@ class RecordsFolder:
         Raises:
             RecordsError: a file is cut short.
         """
-        return _read_rows(self.path)
+        return _read_rows(self.path, self.manifest)
 
     def add(self, block: int, part: bytes) -> None:
         """Writes one part, as `to_part` made it: afterwards it is there and complete, or nothing has changed.
@@ -130,7 +135,7 @@ class RecordsFolder:
             RecordsError: the disk is full, or the folder cannot be written.
         """
         with _no_half_rows(self.path):
-            name = self.path / "parts" / f"{block:06d}-{uuid4().hex[:12]}.parquet"
+            name = self.path / "parts" / signed(f"{block:06d}", self.manifest, part)
             write_atomically(name, part)
             _sync_folder(name.parent)
 
@@ -142,102 +147,62 @@ class RecordsFolder:
         Raises:
             RecordsError: the disk is full, or a file is cut short.
         """
-        parts = sorted((self.path / "parts").glob("*.parquet"))
+        compacted, parts = _row_files(self.path)
         if not parts:
             return
         data = to_part(self.rows())
         with _no_half_rows(self.path):
-            write_atomically(self.path / "records.parquet", data)
+            whole = self.path / signed("records", self.manifest, data)
+            write_atomically(whole, data)
             _sync_folder(self.path)
-            for part in parts:
-                part.unlink()
+            for path in (*compacted, *parts):
+                if path != whole:
+                    path.unlink()
+        if self.manifest["version"] != VERSION:
+            self.manifest["version"] = VERSION  # all that is left now has a name that says what is in it
+            self.write_manifest()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RecordsError(
-            f"{path} cannot be read ({error}); put it back from a copy, or sweep into a new folder"
-        ) from (None)
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != VERSION:
-        raise RecordsError(
-            f"{path} is of version {version}, and this program reads version {VERSION}; "
-            "use the dcp-prune that made it, or sweep into a new folder"
-        )
-    missing = [key for key in ("model", "source", "methods", "distances", "environment") if key not in manifest]
-    if missing:
-        raise RecordsError(f"{path} does not say {', '.join(missing)}; put it back from a copy, or sweep anew")
-    return manifest
+def _row_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files that a folder was compacted to, and its parts."""
+    return sorted(folder.glob("records*.parquet")), sorted((folder / "parts").glob("*.parquet"))
 
 
-def _read_rows(folder: Path) -> pl.DataFrame:
-    files = sorted((folder / "parts").glob("*.parquet"))
-    compacted = folder / "records.parquet"
-    if compacted.is_file():
-        files.insert(0, compacted)
-    frames = [_read_file(path) for path in files]
+def _read_rows(folder: Path, manifest: Mapping[str, Any]) -> pl.DataFrame:
+    compacted, parts = _row_files(folder)
+    frames = [_read_file(path, manifest) for path in (*compacted, *parts)]
     if not frames:
         return pl.DataFrame(schema=dict(SCHEMA))
     rows = pl.concat(frames, how="diagonal_relaxed")
-    return rows.unique(subset=list(KEY), keep="first", maintain_order=True) if compacted.is_file() else rows
+    return rows.unique(subset=list(KEY), keep="first", maintain_order=True) if compacted else rows
 
 
-def _read_file(path: Path) -> pl.DataFrame:
+def _read_file(path: Path, manifest: Mapping[str, Any]) -> pl.DataFrame:
+    remedy = "delete it and run the sweep again, which measures only its rows anew"
     try:
-        frame = pl.read_parquet(path.read_bytes())
-    except (OSError, pl.exceptions.PolarsError) as error:
+        data = path.read_bytes()
+        if manifest["version"] > 1 and path.name != signed(path.stem.rpartition("-")[0], manifest, data):
+            raise RecordsError(
+                f"{path} is not what was written there, but cut short, changed, or of other records; {remedy}"
+            )
+        frame = pl.read_parquet(data)
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise RecordsError(
-            f"{path} cannot be read, it may be cut short ({' '.join(str(error).split())[:120]}); delete it and run the "
-            "sweep again, which measures only its rows anew"
+            f"{path} cannot be read, it may be cut short ({' '.join(str(error).split())[:120]}); {remedy}"
         ) from None
     missing = [name for name in SCHEMA if name not in frame.columns]
     if missing:
         raise RecordsError(f"{path} has no column {', '.join(missing)}, so it holds no records; take it out of there")
+    for name, kind in SCHEMA.items():
+        found = frame.schema[name]
+        if not (found in (kind, pl.String) if kind == pl.Categorical else found.is_numeric() or found == pl.Null):
+            raise RecordsError(
+                f"{path} holds {found} in the column {name}, so it holds no records; take it out of there"
+            )
+    empty = [name for name in SCHEMA if name != "kappa" and frame[name].null_count()]
+    if empty:
+        raise RecordsError(f"{path} has rows without {', '.join(empty)}; {remedy}")
     return frame
-
-
-def _joined(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of the folder with what is to come."""
-    if before is None:
-        return {"version": VERSION, **now}
-    for key, what in (("source", "other questions"), ("model", "another model"), ("distances", "other distances")):
-        if _moved(before[key]) != _moved(now[key]):
-            raise RecordsError(
-                f"{path} holds answers to {what}: {_difference(before[key], now[key])}; choose another folder"
-                if key != "distances"
-                else f"{path} was measured with the distances {before[key]}, not {now[key]}; choose another folder"
-            )
-    methods = {(entry["method"], entry["num_tokens"]): entry for entry in before["methods"]}
-    for entry in now["methods"]:
-        known = methods.setdefault((entry["method"], entry["num_tokens"]), entry)
-        if known != entry:
-            raise RecordsError(
-                f"{path} holds {entry['method']!r} with other options: "
-                f"{_difference(known['options'], entry['options'])}; choose another folder, or write the options out "
-                "in the spec"
-            )
-    joined = {**before, "methods": list(methods.values()), "updated": now["updated"]}
-    others = [before["environment"], *before.get("resumed_in", [])]
-    if now["environment"] not in others:
-        joined["resumed_in"] = [*others[1:], now["environment"]]
-    return joined
-
-
-def _moved(described: Any) -> Any:
-    """A description without the place of its file, whose content counts."""
-    return (
-        {key: value for key, value in described.items() if key != "path"} if isinstance(described, dict) else described
-    )
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key} is {before.get(key)!r} there and {now.get(key)!r} here" for key in keys)
 
 
 @contextmanager
