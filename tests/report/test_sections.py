@@ -327,3 +327,17 @@ def test_records_that_are_not_there_yet_and_unknown_kinds_are_said(document, cap
         pages([str(document)])
     with pytest.raises(InvalidInputError, match="name the documents"):
         pages([])
+
+
+def test_whom_dcp_beats_is_what_the_intervals_say(graded):
+    folder = graded(budgets=(16,)).add("mine", 16, ONES, 0.1).write()
+    text, _ = part(folder, "standing")
+    (row,) = [fields for name, fields in rows(text).items() if name.startswith("weak, crowded")]
+    (cell,) = load_cells([folder])
+    expected = {"ahead": set(), "tie": set(), "behind": set()}
+    for lead in Scores(cell, resamples=300).leads():
+        expected[lead.points.verdict()].add(lead.over.label)
+    found = [set(field.replace("`", "").split(", ")) - {"none"} for field in row[:3]]
+    assert found == [expected["ahead"], expected["tie"], expected["behind"]]
+    assert "random" in expected["ahead"]
+    assert expected["behind"] == {"mine"}

@@ -18,7 +18,7 @@ from dcp_prune.report.layout import TIE, Field, Mark, Number, Table
 from dcp_prune.report.predictors import Correlation, Prediction, Predictor
 from dcp_prune.report.results import OURS, PLAIN, QUESTION, Cell, Entry, digest, pool
 from dcp_prune.report.scores import GapError, Scores
-from dcp_prune.report.targets import RIVAL, run_time_target, targets, text_free, text_margin
+from dcp_prune.report.targets import RIVAL, SMALLEST, run_time_target, targets, text_free, text_margin
 
 if TYPE_CHECKING:
     from dcp_prune.viz.plots import Curve
@@ -152,6 +152,40 @@ def absolute(analyses: Sequence[Analysis], out: Output) -> str:
 def leads(analyses: Sequence[Analysis], out: Output) -> str:
     """Paired leads of DCP-Prune over each rival."""
     return _each(analyses, lambda analysis: _leads(analysis, out))
+
+
+def standing(analyses: Sequence[Analysis], out: Output) -> str:
+    """Whom DCP-Prune beats at the paper's smallest budget and whom not, all pictures in one table."""
+    header = [
+        "model and questions",
+        f"`{OURS}` is ahead of",
+        "ties with",
+        "is behind",
+        "stages inside the encoder cost",
+    ]
+    table = Table(header, left=frozenset({1, 2, 3}))
+    rows: list[Sequence[Field]] = []
+    for cell, scores in ((analysis.cell, analysis.scores) for analysis in analyses):
+        budget = SMALLEST if SMALLEST in cell.budgets else min(cell.budgets, default=0)
+        base = cell.place(OURS, budget)
+        if base is None or _gap(lambda scores=scores: scores.relative):
+            continue
+        found = {lead.over: lead.points.verdict() for lead in scores.leads() if lead.entry.num_tokens == budget}
+        names = [
+            ", ".join(f"`{entry.label}`" for entry, verdict in found.items() if verdict == wanted) or "none"
+            for wanted in ("ahead", "tie", "behind")
+        ]
+        staged = cell.place(f"{OURS}_progressive", budget)
+        cost = "" if staged is None else Number(scores.lead(base, staged), signed=True)
+        rows.append([f"{cell.name}, {budget} tokens", *names, cost])
+    if not rows:
+        return f"*Not here: `{OURS}` was not measured beside all tokens.*"
+    table.add("", rows)
+    return _paragraphs(
+        out.table("standing", table),
+        "<sub>By relative score, paired: ahead or behind where the whole 95 % interval of the difference lies on that "
+        f"side of zero. The last column is what `{OURS}_progressive` loses against `{OURS}`, in points.</sub>",
+    )
 
 
 def ablation(analyses: Sequence[Analysis], out: Output) -> str:
@@ -571,6 +605,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Analysis], Output], str]]] = {
     "tokens": ("Accuracy and kappa against kept tokens", token_figures),
     "tasks": ("Scores per task", quality),
     "radar": ("Relative scores per task", radars),
+    "standing": (f"Whom {OURS} beats", standing),
     "leads": (f"Leads of {OURS}", leads),
     "ablation": (f"What the parts of {OURS} are worth", ablation),
     "adaptive": ("Adaptive budgets", adaptive),
