@@ -12,25 +12,46 @@ def blank(rows: int, cols: int, b: int = 1) -> VisualTokens:
     return VisualTokens.from_features(torch.ones(b, rows * cols, 2), grid=(rows, cols))
 
 
-def test_random_depends_on_its_seed_alone():
-    tokens = VisualTokens.from_features(torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0)))
-    first, second = RandomPruner(num_tokens=10)(tokens), RandomPruner(num_tokens=10)(blank(10, 10))
-    assert first.indices[0].tolist() == first.indices[1].tolist() == second.indices[0].tolist()
-    assert RandomPruner(num_tokens=10, seed=1)(tokens).indices.tolist() != first.indices.tolist()
+def images(b: int, n: int = 100, d: int = 32) -> torch.Tensor:
+    return torch.randn(b, n, d, generator=torch.Generator().manual_seed(0))
+
+
+def kept(features: torch.Tensor, k: int = 10, seed: int = 0, **signals: torch.Tensor) -> list[list[int]]:
+    return RandomPruner(num_tokens=k, seed=seed)(VisualTokens.from_features(features, **signals)).indices.tolist()
+
+
+def test_random_draws_anew_for_each_image_and_seed_and_again_for_the_same():
+    features = images(50)
+    draws = kept(features)
+    assert len({tuple(draw) for draw in draws}) == 50
+    assert kept(features) == draws
+    assert all(one != other for one, other in zip(draws, kept(features, seed=1), strict=True))
+    assert kept(features.flip(0)) == draws[::-1]
+    assert [kept(image.unsqueeze(0))[0] for image in features] == draws
+
+
+def test_random_knows_an_image_again_after_rounding_and_behind_padding():
+    features = images(50)
+    draws = kept(features)
+    assert kept(features * (1 + 1e-6 * images(50).flip(0))) == draws
+    assert kept(features + 3.0) == draws
+    padded = torch.cat((features, 100 * images(50)[:, :20]), dim=1)
+    mask = torch.arange(120).expand(50, 120) < 100
+    assert kept(padded, mask=mask) == draws
+
+
+def test_random_keeps_each_position_equally_often_and_independently():
+    draws = torch.tensor(kept(images(2000, 36), k=9))
+    counts = torch.zeros(2000, 36).scatter_(1, draws, 1.0)
+    assert (counts.mean(dim=0) - 0.25).abs().max() < 0.05  # five standard deviations
+    together = (counts.T @ counts / 2000)[~torch.eye(36, dtype=torch.bool)]
+    assert (together - 9 * 8 / (36 * 35)).abs().max() < 0.03
 
 
 def test_a_larger_random_budget_keeps_a_superset():
     tokens = blank(10, 10)
     small, large = (set(RandomPruner(num_tokens=k)(tokens).indices[0].tolist()) for k in (10, 30))
     assert small < large
-
-
-def test_random_keeps_each_position_equally_often():
-    tokens = blank(6, 6)
-    counts = torch.zeros(36)
-    for seed in range(400):
-        counts[RandomPruner(num_tokens=9, seed=seed)(tokens).indices[0]] += 1
-    assert (counts / 400 - 0.25).abs().max() < 0.11  # five standard deviations
 
 
 def test_a_seed_must_be_a_whole_number():

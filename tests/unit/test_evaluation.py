@@ -173,7 +173,7 @@ def test_words_that_the_model_lacks_are_refused(assistant: Assistant, monkeypatc
         real.sign,
         (real.questions[0].__class__("existence", real.questions[0].text, "zebra"),),
     )
-    monkeypatch.setattr(testbed_module, "make_scene", lambda seed, difficulty, grid: strange)
+    monkeypatch.setattr(testbed_module.TestbedQuestions, "scene", lambda self, number: strange)
     with pytest.raises(InvalidInputError, match="zebra"):
         evaluate(assistant.model, assistant.processor, METHODS[:1], HELD_OUT, 1)
 
