@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dcp_prune.eval.specs import ALL_TOKENS, Method
 from dcp_prune.integrations.transformers import PruneRecord, supported_architectures
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.testbed.load import CHECKPOINTS, DEFAULT_CHECKPOINT, load
+from dcp_prune.testbed.worlds import world_of
 
 TESTBED_MODELS = {f"testbed-{name}": name for name in CHECKPOINTS} | {"testbed": DEFAULT_CHECKPOINT}
 """Names of the models that come with the package, and the checkpoints they stand for."""
@@ -155,6 +157,35 @@ class Assistant:
             return ()
         words = dict.fromkeys(question.split())
         return tuple(word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"])
+
+    @property
+    def knows(self) -> str | None:
+        """What a testbed model was trained on; None for other models."""
+        checkpoint = TESTBED_MODELS.get(self.name)
+        return None if checkpoint is None else world_of(checkpoint).knows
+
+    def doubt(self, questions: Iterable[str], sizes: Iterable[tuple[int, int]]) -> str | None:
+        """Why answers may mean nothing, in one sentence; None if nothing speaks for it.
+
+        Args:
+            questions: that are to be asked.
+            sizes: width and height of the pictures. Those of the testbed's own worlds have one size.
+        """
+        unknown = list(dict.fromkeys(word for question in questions for word in self.unknown_words(question)))
+        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more words" if len(unknown) > 5 else "")
+        reasons = [f"does not know {shown}"] if unknown else []
+        if self.knows is None:
+            return f"{self.name} {reasons[0]}; it was trained on few words" if reasons else None
+        images: Any = self.processor.image_processor  # type: ignore[attr-defined]
+        own = (images.size["width"], images.size["height"])
+        if any(size != own for size in sizes):
+            reasons.append("has never seen pictures like these")
+        if not reasons:
+            return None
+        return (
+            f"{self.name} {' and '.join(reasons)}, so its answers may mean nothing: it knows "
+            f"{self.knows} (`dcp-prune demo` shows them); --model takes other models"
+        )
 
     def look(self, image: Image.Image, *pruners: Pruner | None) -> View:
         """What the model sees of an image, RGB, encoded once for all these pruners and for none."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from dcp_prune.testbed.world import make_scene
 
 Run = Callable[..., Any]
 ASK = ("--question", "is there a cat in the picture ?")
@@ -153,6 +158,53 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for command in ("ask", "compare", "serve"):
         monkeypatch.setattr(f"dcp_prune.cli.{command}.load_assistant", never)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run --image gone.png --question x",
+        "run --image {picture}",
+        "inspect --image {picture}",
+        "inspect --image gone.png --question x",
+        "compare --images gone --questions {picture}",
+        "compare --images . --questions gone.txt",
+        "sweep --output r --model testbed --questions gone.jsonl",
+        "serve --port {port}",
+        "serve --port 99999",
+    ],
+)
+def test_what_is_wrong_at_first_sight_is_said_before_anything_heavy_is_loaded(
+    picture: Path, tmp_path: Path, command: str
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = command.format(picture=picture, port=taken.getsockname()[1]).split()
+        script = (
+            "import sys\n"
+            "from dcp_prune.cli import main\n"
+            "try: main(sys.argv[1:])\n"
+            "finally: print([name for name in ('torch', 'transformers', 'polars') if name in sys.modules])"
+        )
+        command_line = [sys.executable, "-c", script, *words]
+        found = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout.strip()) == (2, "[]"), found.stderr
+    assert found.stderr.startswith("error: ")
+
+
+def test_the_testbed_says_once_what_it_knows(dcp_prune: Run, picture: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.png"
+    Image.fromarray(make_scene(1_000_000_000).image).save(own)
+    assert "knows" not in dcp_prune("run", "--image", own, *ASK, "--max-new-tokens", "1").err
+    for image, question, reason in (
+        (own, "is there a zebra ?", "testbed does not know zebra, so"),
+        (picture, ASK[1], "testbed has never seen pictures like these, so"),
+        (picture, "is there a zebra ?", "testbed does not know zebra and has never seen pictures like these, so"),
+    ):
+        said = dcp_prune("run", "--image", image, "--question", question, "--max-new-tokens", "1").err
+        assert said.count("it knows flat drawings of 24 things (cat, dog, fish, bird, ...) and a sign") == 1
+        assert reason in said
 
 
 @pytest.mark.usefixtures("no_model")

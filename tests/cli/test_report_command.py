@@ -43,7 +43,7 @@ def records(tmp_path: Path) -> Path:
 def test_a_report_is_one_command(dcp_prune: Run, records: Path) -> None:
     outcome = dcp_prune("report", records, "--output", "new/report", "--resamples", "100")
     assert outcome.code == 0, outcome.err
-    assert outcome.out == "new/report/report.md: 2 figures, 10 tables\n"
+    assert outcome.out == "new/report/report.md: 2 figures, 12 tables\n"
     page = Path("new/report/report.md").read_text()
     assert "](../../records)" in page
     assert "| `dcp` |" in page

@@ -190,7 +190,7 @@ def test_a_processor_without_chat_template_is_refused(model: Any, processor: Any
 def import_anew(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     for name in [name for name in sys.modules if name.startswith(serving.__name__)]:
         monkeypatch.delitem(sys.modules, name)
-    return lambda: import_module(serving.__name__)
+    return lambda: import_module(serving.__name__).Server
 
 
 @pytest.mark.parametrize("package", ["fastapi", "httpx2", "openai", "uvicorn"])

@@ -16,8 +16,8 @@ def images(b: int, n: int = 100, d: int = 32) -> torch.Tensor:
     return torch.randn(b, n, d, generator=torch.Generator().manual_seed(0))
 
 
-def kept(features: torch.Tensor, k: int = 10, seed: int = 0, **signals: torch.Tensor) -> list[list[int]]:
-    return RandomPruner(num_tokens=k, seed=seed)(VisualTokens.from_features(features, **signals)).indices.tolist()
+def kept(features: torch.Tensor, k: int = 10, seed: int = 0, mask: torch.Tensor | None = None) -> list[list[int]]:
+    return RandomPruner(num_tokens=k, seed=seed)(VisualTokens.from_features(features, mask=mask)).indices.tolist()
 
 
 def test_random_draws_anew_for_each_image_and_seed_and_again_for_the_same():

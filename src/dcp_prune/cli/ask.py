@@ -127,10 +127,12 @@ def run(
     json: Json = None,
 ) -> None:
     """Ask one question about one image. The pruner `none` reads all visual tokens."""
+    loaded = _checked(image, question, prompt, model, json)
     chosen = None if pruner == "none" else build_pruner(pruner, num_tokens, keep_ratio)
-    loaded, assistant, text = _prepare(image, question, prompt, model, json)
+    assistant, text = _loaded(question, prompt, model)
     view = assistant.look(loaded.image, chosen)
     reply = assistant.ask(view, text, chosen, max_new_tokens=max_new_tokens)
+    _say_doubt(assistant, question, loaded)
 
     def show(console: Console) -> None:
         console.print(reply.text, highlight=False, markup=False)
@@ -163,11 +165,13 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Draw what a pruner kept: the image, its saliency, the kept tokens, and which of them stands for which patch."""
+    loaded = _checked(image, question, prompt, model, json, output)
     chosen = build_pruner(pruner, num_tokens, keep_ratio)
-    loaded, assistant, text = _prepare(image, question, prompt, model, json, output)
+    assistant, text = _loaded(question, prompt, model)
     view = assistant.look(loaded.image, chosen)
     full = assistant.ask(view, text, max_new_tokens=max_new_tokens)
     reply = assistant.ask(view, text, chosen, max_new_tokens=max_new_tokens)
+    _say_doubt(assistant, question, loaded)
 
     import numpy as np
 
@@ -201,10 +205,8 @@ def inspect(
     report_result({**result, "answer_all_tokens": full.text, "picture": str(output)}, json, show)
 
 
-def _prepare(
-    image: Path, question: str | None, prompt: str | None, model: str, *outputs: Path | None
-) -> tuple[LoadedImage, Assistant, str]:
-    """Image, model and prompt; whatever can be refused without the model is refused before it is loaded."""
+def _checked(image: Path, question: str | None, prompt: str | None, model: str, *outputs: Path | None) -> LoadedImage:
+    """The image; whatever can be refused at once is refused here, before anything that takes seconds to load."""
     from dcp_prune.eval.data.files import LONGEST_QUESTION
     from dcp_prune.images import load_image
 
@@ -221,6 +223,11 @@ def _prepare(
     loaded = load_image(image)
     for remark in loaded.notes:
         note(remark)
+    return loaded
+
+
+def _loaded(question: str | None, prompt: str | None, model: str) -> tuple[Assistant, str]:
+    """Model and prompt."""
     if prompt is not None:
         from dcp_prune.assistant import check_placeholders
 
@@ -228,10 +235,13 @@ def _prepare(
     with progress_bar("Loading the model"):
         assistant = load_assistant(model)
     text = prompt if prompt is not None else assistant.prompt(question or "")
-    unknown = assistant.unknown_words(question or "")
-    if unknown:
-        note(f"{assistant.name} does not know {', '.join(unknown)}; it was trained on few words")
-    return loaded, assistant, text
+    return assistant, text
+
+
+def _say_doubt(assistant: Assistant, question: str | None, loaded: LoadedImage) -> None:
+    doubt = assistant.doubt([question or ""], [loaded.image.size])
+    if doubt:
+        note(doubt)
 
 
 def _as_json(

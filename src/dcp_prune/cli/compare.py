@@ -72,9 +72,13 @@ def compare(
     for option, value in (("--max-new-tokens", max_new_tokens), ("--batch-size", batch_size)):
         if value < 1:
             raise InvalidInputError(f"{option} must be at least 1, got {value}")
+    from dcp_prune.eval.data.pictures import check_pictures, read_pictures, sizes_of
+
+    asked = read_pictures(images, questions)
+    check_outputs(json, inputs=(questions, model, *asked.images))
+
     from dcp_prune.eval.compare import check_method
     from dcp_prune.eval.compare import compare as run
-    from dcp_prune.eval.data.pictures import check_pictures, read_pictures
     from dcp_prune.eval.specs import plan
     from dcp_prune.eval.verdict import check_keep, decide, summarise, too_few
 
@@ -82,8 +86,6 @@ def compare(
     methods = plan(names, budgets)
     for method in methods:
         check_method(method)
-    asked = read_pictures(images, questions)
-    check_outputs(json, inputs=(questions, model, *asked.images))
     with progress_bar("Reading the images", then="Reading the images") as advance:
         remarks = check_pictures(asked.images, advance)
     doubt = too_few(asked, keep, len(names))
@@ -91,6 +93,8 @@ def compare(
         note(remark)
     with progress_bar("Loading the model") as advance:
         assistant = load_assistant(model)
+        if strange := assistant.doubt((each.question for each in asked.asked), sizes_of(asked.images)):
+            note(strange)
         comparison = run(
             assistant.model,
             assistant.processor,

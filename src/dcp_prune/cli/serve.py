@@ -47,14 +47,16 @@ def serve(
     Streaming or not, as `transformers serve` does it. The pruner `none` reads all visual tokens. What was pruned is
     said on stderr, one line per request with images, and counted at /metrics. Stop it with Ctrl-C.
     """
-    chosen = None if pruner == "none" else build_pruner(pruner, num_tokens, keep_ratio)
+    from dcp_prune.integrations.serving import listen, url_of
 
-    from transformers.utils.logging import set_verbosity_error
+    with listen(host, port) as listener:  # first, since what comes now takes a while
+        chosen = None if pruner == "none" else build_pruner(pruner, num_tokens, keep_ratio)
 
-    from dcp_prune.integrations.serving import LOGGER, Server, listen, url_of
+        from transformers.utils.logging import set_verbosity_error
 
-    set_verbosity_error()  # importing transformers has undone what `quiet_libraries` did
-    with listen(host, port) as listener:
+        from dcp_prune.integrations.serving import LOGGER, Server
+
+        set_verbosity_error()  # importing transformers has undone what `quiet_libraries` did
         with progress_bar("Loading the model"):
             assistant = load_assistant(model)
         server = Server(
@@ -69,6 +71,8 @@ def serve(
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         LOGGER.addHandler(handler)
         LOGGER.setLevel(logging.INFO)
+        if assistant.knows is not None:
+            note(f"{assistant.name} is a small model that knows {assistant.knows}; its other answers mean nothing")
         note(f"{assistant.name} with the pruner {pruner} answers at {url_of(listener)}; Ctrl-C stops it")
         try:
             server.run(listener)

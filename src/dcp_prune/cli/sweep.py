@@ -97,6 +97,10 @@ def sweep(
         )
     if (questions is None) != (model is None):
         raise InvalidInputError("--questions and --model belong together: a file of questions, and who answers them")
+    if questions is not None:
+        from dcp_prune.eval.data.files import text_lines
+
+        text_lines(questions)  # a file that is not there is told before what takes seconds is loaded
     seeds = HELD_OUT if seed_range is None else seed_range_of(seed_range)
     if limit is not None and limit < 1:
         raise InvalidInputError(f"--limit must be at least 1 question, got {limit}")

@@ -23,6 +23,7 @@ class World:
         tasks: what is asked.
         difficulties: of its scenes.
         grid: patches per side that its models know.
+        knows: what is in its pictures, for a sentence that begins with "it knows".
     """
 
     name: str
@@ -30,6 +31,7 @@ class World:
     tasks: tuple[str, ...]
     difficulties: tuple[str, ...]
     grid: int
+    knows: str
 
     def check(self, difficulty: str) -> None:
         """Refuses a difficulty that this world does not have.
@@ -43,8 +45,10 @@ class World:
             )
 
 
-FIRST = World("first", world.make_scene, world.TASKS, tuple(world.OBJECT_COUNTS), world.GRID)
-NATURAL = World("natural", natural.make_scene, natural.TASKS, tuple(natural.LEVELS), natural.GRID)
+_FLAT = f"flat drawings of {len(world.CLASSES)} things ({', '.join(world.CLASSES[:4])}, ...) and a sign"
+_SHADED = f"{len(natural.CLASSES)} painted things ({', '.join(natural.CLASSES[:4])}, ...) and a sign on a photograph"
+FIRST = World("first", world.make_scene, world.TASKS, tuple(world.OBJECT_COUNTS), world.GRID, _FLAT)
+NATURAL = World("natural", natural.make_scene, natural.TASKS, tuple(natural.LEVELS), natural.GRID, _SHADED)
 
 
 def world_of(checkpoint: str = DEFAULT_CHECKPOINT) -> World:

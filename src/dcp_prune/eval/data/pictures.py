@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,13 @@ def check_pictures(
         notes.extend(load_image(image).notes)
         progress(number + 1, len(images))
     return tuple(notes)
+
+
+def sizes_of(images: Sequence[Path]) -> Iterator[tuple[int, int]]:
+    """Width and height of each picture, from its header."""
+    for image in images:
+        with Image.open(image) as opened:
+            yield opened.size
 
 
 def _from_json_lines(path: Path, images: Path) -> tuple[PictureQuestion, ...]:
