@@ -83,9 +83,9 @@ def decode_image(file: BinaryIO, name: str, *, max_pixels: int = MAX_PIXELS, cal
             opened.seek(0)
             opened.load()
             turned = opened.getexif().get(0x0112, 1) != 1
-            upright = ImageOps.exif_transpose(opened)
             notes = _notes(name, frames, turned, opened.mode)
-            rgb = _to_rgb(upright, called)
+            ImageOps.exif_transpose(opened, in_place=True)
+            rgb = _to_rgb(opened, called)
     except InvalidInputError:
         raise
     except UnidentifiedImageError:

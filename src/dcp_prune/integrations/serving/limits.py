@@ -9,7 +9,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take. Ours: room for a dozen photographs, and less than a machine can bear.
+    """What one request may take. Ours: room for a phone's largest photograph, or many small ones.
 
     Attributes:
         body: bytes of the request; pictures in it are a third larger than their files.
@@ -24,7 +24,7 @@ class Limits:
     body: int = 32 * MIB
     pictures: int = 32
     picture: int = 20 * MIB
-    pixels: int = 100_000_000
+    pixels: int = 64_000_000
     text: int = 1_000_000
     url: int = 2_048
     seconds: float = 10.0
