@@ -89,7 +89,7 @@ class Budget:
         ends = self._given if self.is_range else (self._given,)
         if self.num_tokens is not None:
             return tuple(min(count, num_original) for count in ends)
-        return tuple(max(1, math.floor(share * num_original + 0.5)) for share in ends)
+        return tuple(min(max(1, math.floor(share * num_original + 0.5)), num_original) for share in ends)
 
 
 def is_range(given: object) -> bool:

@@ -10,7 +10,7 @@ class InvalidInputError(DcpPruneError, ValueError):
 
 
 class NonFiniteError(InvalidInputError):
-    """Features, attention or text hold NaN or inf, so that nothing can be chosen by them."""
+    """Features or signals hold NaN, inf, or numbers too large to be squared, so that nothing can be chosen by them."""
 
 
 class MissingSignalError(DcpPruneError):

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dcp_prune.errors import InvalidInputError
+
 
 class Signal(StrEnum):
     """What a pruner may require beside the features; an adapter captures what is asked for and nothing more."""
@@ -125,6 +127,32 @@ class VisualTokens:
     tiles: Int[Tensor, "b n"] | None = None
     tile_lengths: tuple[tuple[int, ...], ...] | None = None
 
+    def check(self) -> None:
+        """Compares types and shapes with what stands above; no value is looked at.
+
+        Raises:
+            InvalidInputError: one that differs, by name.
+        """
+        b, n, d = _shape_of_features(self.features)
+        of_token = {"mask": self.mask, "clip_similarity": self.clip_similarity}
+        wide: dict[str, Tensor | None] = {}
+        if self.encoder is not None:
+            of_token |= {each: getattr(self.encoder, each) for each in ("cls_attention", "cls_value_affinity")}
+            wide |= {each: getattr(self.encoder, each) for each in ("features", "keys", "values")}
+            wide["encoder_features"] = wide.pop("features")
+        for name, value in of_token.items():
+            _require_shape(name, value, {"images": b, "tokens": n})
+        for name, value in wide.items():
+            _require_shape(name, value, {"images": b, "tokens": n, "width": None})
+        _require_shape("text", self.text, {"images": b, "words": None, "wide, as the features": d})
+        if self.text is not None:
+            _require_shape("text_mask", self.text_mask, {"images": b, "words": self.text.shape[1]})
+        for name, mask in (("mask", self.mask), ("text_mask", self.text_mask)):
+            if mask is not None and mask.dtype != torch.bool:
+                raise InvalidInputError(
+                    f"{name} must be of dtype bool, False for padding, got {mask.dtype}; write {name}.bool()"
+                )
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """For each image, how many tokens it had before any stage, separators not counted."""
@@ -160,13 +188,13 @@ class VisualTokens:
             clip_similarity: cosines to the question in CLIP's joint space, where the pruner requires them.
 
         Raises:
-            ValueError: if rows * cols differs from n.
+            InvalidInputError: rows * cols differs from n, or a tensor has another shape or type than said here.
         """
-        b, n, _ = features.shape
+        b, n, _ = _shape_of_features(features)
         side = round(n**0.5)
         rows, cols = grid or ((side, side) if side * side == n else (1, n))
         if rows * cols != n:
-            raise ValueError(
+            raise InvalidInputError(
                 f"a grid of {rows} x {cols} patches does not hold {n} visual tokens; give grid=(rows, cols)"
             )
         order = torch.arange(n, device=features.device)
@@ -188,7 +216,7 @@ class VisualTokens:
         )
         if text is not None and text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        return cls(
+        made = cls(
             features=features,
             mask=torch.ones(b, n, dtype=torch.bool, device=features.device) if mask is None else mask,
             positions=positions,
@@ -200,6 +228,8 @@ class VisualTokens:
             text_mask=text_mask,
             clip_similarity=clip_similarity,
         )
+        made.check()
+        return made
 
 
 @dataclass(frozen=True)
@@ -224,3 +254,29 @@ class PrunedTokens:
 def compose_assignments(first: Int[Tensor, "b N"], then: Int[Tensor, "b n"]) -> Int[Tensor, "b N"]:
     """Follows tokens through two assignments (original -> survivor -> slot); one dropped on the way stays -1."""
     return torch.where(first < 0, first, then.gather(1, first.clamp(min=0)))
+
+
+def _shape_of_features(features: object) -> tuple[int, int, int]:
+    if not isinstance(features, Tensor) or features.ndim != 3 or not features.is_floating_point():
+        raise InvalidInputError(
+            f"features must be a floating-point tensor of shape (images, tokens, width), got {_described(features)}"
+        )
+    b, n, d = features.shape
+    return b, n, d
+
+
+def _require_shape(name: str, value: object, shape: Mapping[str, int | None]) -> None:
+    if value is None:
+        return
+    sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
+    pairs = zip(sizes, shape.values(), strict=False)
+    if len(sizes) != len(shape) or any(size not in (None, own) for own, size in pairs):
+        wanted = ", ".join(axis if size is None else f"{size} {axis}" for axis, size in shape.items())
+        raise InvalidInputError(f"{name} must be a tensor of shape ({wanted}), got {_described(value)}")
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"one of shape {tuple(value.shape)} and {value.dtype}"
+    advice = "; torch.from_numpy makes a tensor of it" if type(value).__module__ == "numpy" else ""
+    return f"{type(value).__name__}{advice}"

@@ -17,10 +17,12 @@ from dcp_prune import (
     Pruner,
     Signal,
     VisualTokens,
+    get_pruner,
     list_pruners,
     make_pruner,
 )
-from dcp_prune.pruners import base
+from dcp_prune.errors import NonFiniteError
+from dcp_prune.pruners.base import read_signal
 
 B, SIDE, D, WORDS = 3, 8, 24, 5
 N = SIDE * SIDE
@@ -156,24 +158,10 @@ def test_a_batch_equals_single_images(name, tokens):
         alone = pruner(rows(tokens, torch.tensor([i])))
         assert torch.equal(alone.indices[0], together.indices[i])
         assert torch.equal(alone.assignment[0], together.assignment[i])
-        torch.testing.assert_close(alone.features[0], together.features[i])
+        assert torch.equal(alone.features[0], together.features[i])
         assert alone.stats.keys() == together.stats.keys()
         for key, value in alone.stats.items():
             torch.testing.assert_close(value[0], together.stats[key][i], rtol=1e-3, atol=1e-5)
-
-
-def test_a_cpu_that_takes_a_batch_in_parts_gives_the_same_result(name, tokens, monkeypatch):
-    pruner = make_pruner(name, num_tokens=9)
-    monkeypatch.setattr(base, "_CACHED_PAIRS", B * N * N)
-    whole = pruner(tokens)
-    monkeypatch.setattr(base, "_CACHED_PAIRS", 2 * N * N)
-    parts = pruner(tokens)
-    assert torch.equal(parts.indices, whole.indices)
-    assert torch.equal(parts.assignment, whole.assignment)
-    torch.testing.assert_close(parts.features, whole.features)
-    assert parts.stats.keys() == whole.stats.keys()
-    for key, value in whole.stats.items():
-        torch.testing.assert_close(parts.stats[key], value, rtol=1e-3, atol=1e-5)
 
 
 def test_the_same_call_twice_gives_the_same_result_and_touches_neither_inputs_nor_global_randomness(name, tokens):
@@ -271,6 +259,86 @@ def test_features_that_are_no_numbers_are_refused(name, bad, tokens):
     features[1, 5, 2] = bad
     with pytest.raises(InvalidInputError, match="visual features hold NaN or inf"):
         make_pruner(name, num_tokens=9)(replace(tokens, features=features))
+
+
+def read_by(name: str) -> list[Signal]:
+    cls = get_pruner(name)
+    return sorted(cls.requires | cls.optional)
+
+
+def spoilt(tokens: VisualTokens, signal: Signal, value: float) -> VisualTokens:
+    """The same tokens with one number of a signal replaced, that of token 5 (word 2) of the second image."""
+    values = read_signal(tokens, signal)
+    assert values is not None
+    values = values.clone()
+    values[1, 2 if signal is Signal.TEXT else 5] = value
+    head, _, tail = signal.value.partition(".")
+    if not tail:
+        return replace(tokens, **{head: values})
+    assert tokens.encoder is not None
+    return replace(tokens, encoder=replace(tokens.encoder, **{tail: values}))
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"), [(float("nan"), "NaN or inf"), (float("inf"), "NaN or inf"), (1e30, "numbers beyond 1e.15")]
+)
+def test_a_signal_that_is_no_number_or_too_large_is_refused_by_whom_it_is_read(name, bad, says, tokens):
+    pruner = make_pruner(name, num_tokens=9)
+    for signal in Signal:
+        if signal in read_by(name):
+            with pytest.raises(NonFiniteError, match=says):
+                pruner(spoilt(tokens, signal, bad))
+        else:
+            assert torch.equal(pruner(spoilt(tokens, signal, bad)).indices, pruner(tokens).indices)
+    with pytest.raises(NonFiniteError, match=f"visual features .*{says}"):
+        pruner(replace(tokens, features=tokens.features.masked_fill(tokens.features > 3.9, bad)))
+
+
+def test_padding_may_hold_anything(name):
+    mask = torch.arange(N).expand(B, N) != 5
+    tokens = make_tokens(mask=mask)
+    pruner = make_pruner(name, num_tokens=9)
+    expected = pruner(tokens)
+    for signal in read_by(name):
+        wild = spoilt(tokens, signal, float("nan"))
+        if signal is Signal.TEXT:
+            assert tokens.text_mask is not None
+            readable = tokens.text_mask.clone()
+            readable[1, 2] = False
+            wild, tokens_without_it = (replace(each, text_mask=readable) for each in (wild, tokens))
+            expected_here = pruner(tokens_without_it)
+        else:
+            expected_here = expected
+        assert torch.equal(pruner(wild).indices, expected_here.indices)
+
+
+def test_dtypes_may_differ_from_signal_to_signal(name, tokens):
+    pruner = make_pruner(name, num_tokens=9)
+    for dtype in (torch.float64, torch.bfloat16):
+        mixed = replace(tokens, features=tokens.features.to(dtype))
+        pruned = pruner(mixed)
+        assert pruned.features.dtype == dtype
+        assert torch.equal(pruned.indices, pruner(tokens).indices)
+
+
+def test_a_batch_without_images_gives_none_back(name, tokens):
+    pruned = make_pruner(name, num_tokens=9)(rows(tokens, torch.tensor([], dtype=torch.long)))
+    assert pruned.features.shape == (0, 9, D)
+    assert pruned.indices.shape == pruned.mask.shape == (0, 9)
+    assert pruned.assignment.shape == (0, N)
+
+
+@pytest.mark.parametrize("k", [N, 2 * N])
+def test_a_budget_that_prunes_nothing_still_puts_padding_last(name, k):
+    mask = torch.arange(N).expand(B, N) % 3 != 1
+    tokens = garbled(make_tokens(mask=mask))
+    pruned = make_pruner(name, num_tokens=k)(tokens)
+    real = int(mask[0].sum())
+    assert pruned.mask.tolist() == [[True] * real + [False] * (N - real)] * B
+    assert pruned.indices.tolist() == [[*mask[0].nonzero().flatten().tolist(), *[-1] * (N - real)]] * B
+    assert torch.equal(pruned.features[:, :real], tokens.features[:, mask[0]])
+    assert (pruned.assignment[~mask] == -1).all()
+    assert pruned.assignment[mask].view(B, real).tolist() == [[*range(real)]] * B
 
 
 @pytest.mark.parametrize("budget", [{}, {"num_tokens": 0}, {"num_tokens": -1}, {"num_tokens": 1.5}, {"keep_ratio": 2}])
@@ -444,6 +512,19 @@ def test_a_budget_per_tile_is_that_of_each_tile_by_itself(name: str, tokens: Vis
     assert torch.equal(pruned.assignment.gather(1, pruned.indices), torch.arange(15).expand(B, 15))
     absorbed = pruned.assignment.clamp(min=0) // 5
     assert torch.equal(absorbed.masked_fill(pruned.assignment < 0, -1), tiles.masked_fill(pruned.assignment < 0, -1))
+
+
+def test_tiles_that_show_nothing_but_padding_are_passed_over(name: str, tokens: VisualTokens) -> None:
+    lengths = (14, 0, 50, 0)
+    tiles = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(B, N)
+    empty = replace(tokens, tiles=tiles, tile_lengths=(lengths,) * B)
+    full = replace(tokens, tiles=(tiles > 0).long(), tile_lengths=((14, 50),) * B)
+    for budget in ({"num_tokens": 5}, {"keep_ratio": 0.1}):
+        pruner = make_pruner(name, **budget, scope="tile")
+        some, all_ = pruner(empty), pruner(full)
+        assert torch.equal(some.indices[some.mask], all_.indices[all_.mask])
+        assert torch.equal(some.features[some.mask], all_.features[all_.mask])
+        assert torch.equal(some.assignment, all_.assignment)
 
 
 def test_images_with_budgets_of_their_own_are_what_they_are_alone(name: str) -> None:

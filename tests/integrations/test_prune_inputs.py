@@ -30,6 +30,10 @@ class ListeningPruner(ScorePruner):
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.TEXT})
     seen: ClassVar[list[VisualTokens]] = []
 
+    @property
+    def joint(self) -> bool:
+        return True  # shown a whole batch at once
+
     def score(self, tokens: VisualTokens) -> Tensor:
         self.seen.append(tokens)
         return tokens.features.sum(dim=-1)

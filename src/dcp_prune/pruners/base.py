@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,8 +26,18 @@ from dcp_prune.tokens import (
     compose_assignments,
 )
 
-_CACHED_PAIRS = 1_500_000
-"""Pairs of tokens that a CPU works on at once: a few matrices of so many float32 fit its cache."""
+_LARGEST = 1e15
+"""Beyond it sums of squares overflow float32: cosines and distances turn to NaN."""
+_FEATURES = "visual features"
+_IN_WORDS = {
+    Signal.ENCODER_FEATURES: "encoder's features",
+    Signal.CLS_ATTENTION: "[CLS] attention",
+    Signal.KEYS: "attention keys",
+    Signal.VALUES: "attention values",
+    Signal.CLS_VALUE_AFFINITY: "affinity of values to that of [CLS]",
+    Signal.TEXT: "question's embeddings",
+    Signal.CLIP_SIMILARITY: "CLIP similarities",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +168,15 @@ class Pruner(Checked, ABC):
 
         Every row keeps min(k, its real tokens) of them; the slots it cannot fill come last, masked, with index -1 and
         zero features. Images whose budgets differ are pruned budget by budget, so none depends on its neighbours. With
-        the scope `tile`, every tile is pruned by itself, and `stats` have a row per tile.
+        the scope `tile`, every tile is pruned by itself, and `stats` have a row per tile that has tokens.
+
+        Padding may hold anything. Signals of different dtypes are read in the widest of them; the features that come
+        out have their own.
 
         Raises:
-            NonFiniteError: features, attention or text hold NaN or inf.
+            NonFiniteError: features, or a signal that this pruner reads, hold NaN, inf or numbers beyond 1e15.
             MissingSignalError: the tokens lack a signal that this pruner needs.
+            InvalidInputError: a tensor of the wrong shape or type.
         """
         padded = self._guard(tokens)
         if self.scope == "tile" and tokens.tiles is not None:
@@ -175,6 +188,11 @@ class Pruner(Checked, ABC):
     def _prune_rows(self, tokens: VisualTokens, padded: bool) -> PrunedTokens:
         budget = self.budget
         budgets = [(budget.resolve(length), budget.fewest(length)) for length in tokens.lengths]
+        if not budgets:  # a batch without images
+            kept = slice(budget.resolve(tokens.num_original))
+            return PrunedTokens(
+                tokens.features[:, kept], tokens.indices[:, kept], tokens.mask[:, kept], tokens.assignment
+            )
         if len(set(budgets)) == 1:
             return self._prune_to(tokens, *budgets[0], padded)
         groups = [[row for row, own in enumerate(budgets) if own == each] for each in sorted(set(budgets))]
@@ -182,24 +200,22 @@ class Pruner(Checked, ABC):
 
     def _prune_to(self, tokens: VisualTokens, k: int, fewest: int, padded: bool) -> PrunedTokens:
         n = tokens.features.shape[1]
-        if fewest >= n:
-            return PrunedTokens(
-                features=tokens.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0),
-                indices=tokens.indices.masked_fill(~tokens.mask, -1),
-                mask=tokens.mask,
-                assignment=tokens.assignment,
-                stats={},
-            )
+        if fewest >= n and not padded:
+            return PrunedTokens(tokens.features, tokens.indices, tokens.mask, tokens.assignment)
         offered = tokens
         if padded:
             least = 0 if self.budget.is_range else k
             offered = replace(_blank_padding(tokens), mask=_offer_at_least(tokens.mask, least))
-        with torch.autocast(tokens.features.device.type, enabled=False):
-            chosen = self._prune_in_parts(offered, min(k, n))
+        if fewest >= n:
+            chosen = Selection(kept=torch.arange(n, device=tokens.mask.device).expand_as(tokens.indices))
+        else:
+            with torch.autocast(tokens.features.device.type, enabled=False):
+                chosen = self._prune_rows_at_hand(_in_one_dtype(offered), min(k, n))
         if chosen.mask is None:
             chosen = _padding_last(chosen, tokens.mask)
         real = tokens.mask.gather(1, chosen.kept) if chosen.mask is None else chosen.mask
         features = gather_tokens(offered.features, chosen.kept) if chosen.features is None else chosen.features
+        features = features.to(tokens.features.dtype)
         return PrunedTokens(
             features=features.masked_fill(~real.unsqueeze(-1), 0.0),
             indices=tokens.indices.gather(1, chosen.kept).masked_fill(~real, -1),
@@ -208,38 +224,34 @@ class Pruner(Checked, ABC):
             stats=chosen.stats,
         )
 
-    def _prune_in_parts(self, tokens: VisualTokens, k: int) -> Selection:
-        """`prune`; on a CPU a few images at a time, whose n x n matrices then stay in its cache (ours)."""
-        b, n, _ = tokens.features.shape
-        size = max(1, _CACHED_PAIRS // n**2)
-        if tokens.features.device.type != "cpu" or self.joint or b <= size:
+    def _prune_rows_at_hand(self, tokens: VisualTokens, k: int) -> Selection:
+        """`prune`; on a CPU image by image (ours): their matrices stay in its cache, which is faster, and products of a
+        batch, which are rounded otherwise than those of one image, do not tip the scales where two tokens are alike."""
+        b = len(tokens.features)
+        if tokens.features.device.type != "cpu" or self.joint or b == 1:
             return self.prune(tokens, k)
-        return _join([self.prune(take_rows(tokens, slice(start, start + size)), k) for start in range(0, b, size)])
+        return _join([self.prune(take_rows(tokens, slice(row, row + 1)), k) for row in range(b)])
 
     def _guard(self, tokens: VisualTokens) -> bool:
         """Refuses tokens that no selection can be made of; says whether any of them is padding.
 
         The host waits for the device once, for all answers together.
         """
+        tokens.check()
         missing = sorted(signal.value for signal in self.requires if not has_signal(tokens, signal))
         if missing:
             raise missing_signals(type(self).__name__, *missing)
-        attention = None if tokens.encoder is None else tokens.encoder.cls_attention
-        signals = {
-            "visual features": tokens.features,
-            "[CLS] attention": attention,
-            "question's embeddings": tokens.text,
-            "CLIP similarities": tokens.clip_similarity,
-        }
-        read = {name: values for name, values in signals.items() if values is not None}
-        # A finite sum has finite terms, and needs no copy of them; one that overflows proves nothing yet.
-        sums = [widened(values).sum().float() for values in read.values()]
-        *totals, unpadded = torch.stack([*sums, tokens.mask.all().float()]).tolist()
-        for (name, values), total in zip(read.items(), totals, strict=True):
-            if not math.isfinite(total) and not torch.isfinite(values).all():
-                raise NonFiniteError(
-                    f"the {name} hold NaN or inf, so no selection is meaningful; check the image and the model's dtype"
-                )
+        read = {_FEATURES: tokens.features}
+        for signal in sorted(self.requires | self.optional):
+            values = read_signal(tokens, signal)
+            if values is not None and values.numel() > 0:
+                read[_IN_WORDS[signal]] = values
+        # A length within the bound has only terms within it, and needs no copy of them; padding may have spoilt it.
+        lengths = [torch.linalg.vector_norm(values, dtype=_wide(values)).float() for values in read.values()]
+        *found, unpadded = torch.stack([*lengths, tokens.mask.all().float()]).tolist()
+        for (name, values), length in zip(read.items(), found, strict=True):
+            if not length <= _LARGEST:
+                _refuse_wild_numbers(name, values, tokens.text_mask if values is tokens.text else tokens.mask)
         return not unpadded
 
 
@@ -292,12 +304,49 @@ def has_signal(tokens: VisualTokens, signal: Signal) -> bool:
     return read_signal(tokens, signal) is not None
 
 
+def _refuse_wild_numbers(name: str, values: Tensor, mask: Bool[Tensor, "b n"] | None) -> None:
+    """Looks closely, since a sum of many numbers or padding may look wild where no token is."""
+    real = values if mask is None else values[mask]
+    if not torch.isfinite(real).all():
+        raise NonFiniteError(
+            f"the {name} hold NaN or inf, so no selection is meaningful; check the image and the model's dtype"
+        )
+    if real.numel() and real.abs().amax() > _LARGEST:
+        raise NonFiniteError(
+            f"the {name} hold numbers beyond {_LARGEST:.0e}, whose squares cannot be added up in float32; "
+            "check the image and the model's dtype"
+        )
+
+
 def missing_signals(pruner: str, *signals: str) -> MissingSignalError:
     """The error for a pruner that needs signals which the tokens do not carry."""
     return MissingSignalError(
         f"{pruner} needs {', '.join(signals)}, which these tokens do not carry; "
         "use a model whose adapter provides it, or another pruner"
     )
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _in_one_dtype(tokens: VisualTokens) -> VisualTokens:
+    """The same tokens, with everything in float64 where a part of it is; methods raise half precision themselves."""
+    encoder = {} if tokens.encoder is None else vars(tokens.encoder)
+    parts = [value for value in (*vars(tokens).values(), *encoder.values()) if isinstance(value, Tensor)]
+    floats = {value.dtype for value in parts if value.is_floating_point()}
+    if torch.float64 not in floats or floats == {torch.float64}:
+        return tokens
+
+    def widen(holder: Any) -> dict[str, Tensor]:
+        return {
+            name: value.double()
+            for name, value in vars(holder).items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+
+    inner = tokens.encoder and replace(tokens.encoder, **widen(tokens.encoder))
+    return replace(tokens, **widen(tokens), encoder=inner)
 
 
 def _blank_padding(tokens: VisualTokens) -> VisualTokens:

@@ -63,7 +63,9 @@ def regroup(parts: Sequence[PrunedTokens], rows: Sequence[Sequence[int]]) -> Pru
 
 
 def split_tiles(tokens: VisualTokens) -> VisualTokens:
-    """One row per tile, image by image: `b n d` -> `r w d` with w tokens in the largest tile.
+    """One row per tile that has tokens, image by image: `b n d` -> `r w d` with w tokens in the largest tile.
+
+    A picture of extreme shape may leave tiles that show nothing but its padding.
 
     `indices`, `num_original` and `assignment` go on to speak of the whole image.
     """
@@ -96,7 +98,7 @@ def split_tiles(tokens: VisualTokens) -> VisualTokens:
 
     skipped = ("mask", "assignment", "tiles")
     picked = {name: pick(name, value) for name, value in vars(tokens).items() if name not in skipped}
-    picked["tile_lengths"] = tuple((length,) for lengths in tokens.tile_lengths for length in lengths)
+    picked["tile_lengths"] = tuple((length,) for lengths in tokens.tile_lengths for length in lengths if length)
     return replace(
         tokens, **picked, mask=mask, tiles=None, assignment=compose_assignments(tokens.assignment[image], rank)
     )
@@ -134,5 +136,10 @@ def join_tiles(pruned: PrunedTokens, tokens: VisualTokens) -> PrunedTokens:
 def _owners(tokens: VisualTokens, device: torch.device) -> tuple[Int[Tensor, " r"], Int[Tensor, " r"]]:
     """Image and tile of each row of tiles."""
     assert tokens.tile_lengths is not None
-    pairs = [(image, tile) for image, lengths in enumerate(tokens.tile_lengths) for tile in range(len(lengths))]
-    return tuple(torch.tensor(pairs, device=device).unbind(dim=1))  # type: ignore[return-value]
+    pairs = [
+        (image, tile)
+        for image, lengths in enumerate(tokens.tile_lengths)
+        for tile, length in enumerate(lengths)
+        if length
+    ]
+    return tuple(torch.tensor(pairs, device=device, dtype=torch.long).view(-1, 2).unbind(dim=1))  # type: ignore[return-value]

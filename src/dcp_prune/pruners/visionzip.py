@@ -85,7 +85,8 @@ class VisionZipPruner(Pruner):
             merged = targets.to(wide) + joined / count.clamp(min=1)
         else:
             merged = (targets.to(wide) + joined) / (count + 1)
-        return merged.to(features.dtype)
+        limits = torch.finfo(features.dtype)
+        return merged.clamp(limits.min, limits.max).to(features.dtype)  # a sum may exceed what half precision holds
 
 
 def even_sample(candidates: Bool[Tensor, "b n"], c: int) -> Int[Tensor, "b c"]:
