@@ -201,7 +201,8 @@ def write(tower: Dinov2Model, output: Path) -> None:
     try:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
-        small: Any = tower.to(dtype=torch.bfloat16)
+        small: Any = tower
+        small.to(torch.bfloat16)
         small.save_pretrained(half)
         half.replace(output)
     except (OSError, RuntimeError) as error:
