@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+
+# Tiny models gain nothing by threads, and on a busy machine each parallel operator waits for the slowest of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for processes that tests start
+
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tiny_llava import build_model, build_processor, make_image
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a claim about all pairs of families and pruners, or of families and ways to run, `make test` takes every n-th
+    pair, so that each of both sides meets several of the other; the rest is slow."""
+    seen: dict[tuple[Any, str], list[Any]] = {}
+    for item in items:
+        marker = item.get_closest_marker("crossed")
+        if marker is None:
+            continue
+        given: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
+        place = marker.kwargs.get("offset", 0)
+        for name in marker.args:
+            values = seen.setdefault((item.function, name), [])  # type: ignore[attr-defined]
+            if given[name] not in values:
+                values.append(given[name])
+            place += values.index(given[name])
+        if place % marker.kwargs["every"] and not any(given[name] in marker.kwargs.get("always", ()) for name in given):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ def run_with_dropped_columns_masked(family: Family, inputs: dict[str, Any], shor
     return logits.gather(1, columns.clamp(min=0).unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 
+@pytest.mark.crossed("family", "name", "scope", every=3)
 @pytest.mark.parametrize("scope", ["image", "tile"])
 @pytest.mark.parametrize("name", PRUNERS)
 def test_logits_equal_the_unpruned_run_with_the_dropped_columns_masked(
@@ -117,6 +118,7 @@ def test_a_budget_of_all_tokens_changes_no_bit(family: Family, inputs: dict[str,
     assert all(short.inputs[name] is inputs[name] for name in inputs)
 
 
+@pytest.mark.crossed("family", "name", every=4, always=["dcp", "flowcut"])
 @pytest.mark.parametrize("name", list_pruners())
 def test_every_pruner_keeps_exactly_its_budget_or_is_refused_with_the_reason(
     family: Family, inputs: dict[str, Any], name: str
@@ -154,6 +156,7 @@ def test_a_budget_per_tile_keeps_so_many_of_every_tile(family: Family, inputs: d
         assert torch.bincount(tiles, minlength=layout.num_tiles).tolist() == [min(3, n) for n in layout.tile_lengths]
 
 
+@pytest.mark.crossed("family", "name", "scope", every=3)
 @pytest.mark.parametrize("name", PRUNERS)
 @pytest.mark.parametrize("scope", ["image", "tile"])
 def test_a_padded_batch_equals_single_rows(family: Family, inputs: dict[str, Any], name: str, scope: str) -> None:
@@ -175,6 +178,7 @@ def test_a_padded_batch_equals_single_rows(family: Family, inputs: dict[str, Any
     torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.crossed("family", "ways", every=2)
 @pytest.mark.parametrize("ways", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
 def test_generate_with_a_handle_equals_generate_with_short_inputs_and_leaves_no_trace(
     family: Family, ways: dict[str, Any]

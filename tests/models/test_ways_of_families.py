@@ -49,6 +49,7 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
         assert torch.equal(one, other)
 
 
+@pytest.mark.crossed("family", "way", every=2)
 @pytest.mark.parametrize("way", ["static cache", "no cache", "prompt lookup", "assistant"])
 def test_a_way_to_generate_changes_no_answer(family: Family, way: str) -> None:
     inputs = family.make_inputs(["where <image> is the cat and where is the"], [make_picture(0, SIZES[0])])
@@ -62,6 +63,7 @@ def test_a_way_to_generate_changes_no_answer(family: Family, way: str) -> None:
     assert_same(answers(model, inputs, **options[way]), answers(model, inputs))
 
 
+@pytest.mark.crossed("family", every=2, offset=0)
 def test_three_threads_do_not_disturb_each_other(family: Family) -> None:
     batches = [
         family.make_inputs([f"where <image> is the {word}"], [make_picture(number, SIZES[number])])
@@ -75,6 +77,7 @@ def test_three_threads_do_not_disturb_each_other(family: Family) -> None:
     assert all(torch.equal(ids, expected[number % 3]) for number, ids in enumerate(found))
 
 
+@pytest.mark.crossed("family", every=2, offset=1)
 def test_gradient_checkpointing_changes_no_loss(family: Family, inputs: dict[str, Any]) -> None:
     model = copy.deepcopy(family.model).train()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
@@ -87,6 +90,7 @@ def test_gradient_checkpointing_changes_no_loss(family: Family, inputs: dict[str
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
+@pytest.mark.crossed("family", every=2, offset=0)
 def test_adapters_of_peft_answer_like_the_merged_model(family: Family, inputs: dict[str, Any]) -> None:
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted: Any = get_peft_model(copy.deepcopy(family.model), config)
@@ -94,6 +98,7 @@ def test_adapters_of_peft_answer_like_the_merged_model(family: Family, inputs: d
     assert_same(answers(adapted.merge_and_unload(), inputs), found)
 
 
+@pytest.mark.crossed("family", every=2, offset=1)
 def test_offloaded_weights_give_the_same_answers(family: Family, inputs: dict[str, Any]) -> None:
     lengths = sorted(len(layout) for layout in family.adapter.layouts(inputs))
     offloaded = cpu_offload(copy.deepcopy(family.model), execution_device=torch.device("cpu"))
@@ -107,6 +112,7 @@ def test_offloaded_weights_give_the_same_answers(family: Family, inputs: dict[st
         assert_same(answers(offloaded, inputs, budget), answers(copy.deepcopy(family.model), inputs, budget))
 
 
+@pytest.mark.crossed("family", every=2, offset=0)
 def test_quantised_linears_give_the_answers_of_the_same_weights_in_full(family: Family, inputs: dict[str, Any]) -> None:
     model = copy.deepcopy(family.model)
     assert replace_linears(model, nn.Linear, QuantisedLinear)

@@ -51,6 +51,7 @@ def test_a_picture_that_is_not_encoded_and_a_missing_encoder_are_named(tmp_path)
         encode_all(tmp_path, tmp_path / "features", 5)
 
 
+@pytest.mark.slow
 def test_every_stage_learns_what_it_trains_and_nothing_else_and_ends_in_a_llava(tower, features, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD", 5)
     before = train_natural.Bundle(0).state_dict()
@@ -78,6 +79,7 @@ def test_every_stage_learns_what_it_trains_and_nothing_else_and_ends_in_a_llava(
     torch.testing.assert_close(seen.float(), told, atol=0.15, rtol=0.05)  # bfloat16
 
 
+@pytest.mark.slow
 def test_a_resumed_stage_ends_in_the_very_weights_of_an_unbroken_one(features, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

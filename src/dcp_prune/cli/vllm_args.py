@@ -89,7 +89,7 @@ def _architecture_of(model: str) -> str:
             return json.loads(config.read_text(encoding="utf-8"))["architectures"][0]
         from transformers import AutoConfig
 
-        names: Any = AutoConfig.from_pretrained(model).architectures
+        names: Any = AutoConfig.from_pretrained(model, trust_remote_code=False).architectures
         return names[0]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise InvalidInputError(

@@ -316,9 +316,9 @@ def _build(name: str, config_file: Path) -> tuple[_Blueprint | None, Check]:
                 f"{name} is a {kind}, which cannot be pruned",
                 f"use a model of these classes: {', '.join(supported)}",
             )
-        config = AutoConfig.from_pretrained(config_file.parent, local_files_only=True)
+        config = AutoConfig.from_pretrained(config_file.parent, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
         adapter = get_adapter(model)
     except DcpPruneError as error:
         return None, Check("adapter", "problem", str(error), "")
@@ -347,7 +347,7 @@ def _processor(found: _Found, *, for_benchmarks: bool) -> Check:
 
     assert found.folder is not None
     try:
-        processor: Any = AutoProcessor.from_pretrained(found.folder, local_files_only=True)
+        processor: Any = AutoProcessor.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
         marker = str(getattr(processor, "image_token", "<image>"))
         ids = processor.tokenizer(marker, add_special_tokens=False)["input_ids"]
         assert hasattr(processor, "image_processor")

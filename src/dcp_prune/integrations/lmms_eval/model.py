@@ -85,11 +85,15 @@ class PrunedLlava(lmms):
             alone = self.accelerator.num_processes == 1
             self.device = torch.device(device) if device and alone else self.accelerator.device
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                pretrained, revision=revision, dtype=dtype, attn_implementation=attn_implementation
+                pretrained,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=False,
             )
             get_adapter(model)
             self.model = model.to(self.device).eval()
-            self.processor: Any = AutoProcessor.from_pretrained(pretrained, revision=revision)
+            self.processor: Any = AutoProcessor.from_pretrained(pretrained, revision=revision, trust_remote_code=False)
             if getattr(self.processor, "chat_template", None) is None:
                 raise InvalidInputError(
                     f"the processor of {pretrained} has no chat template, so nothing says how this model is asked; "
