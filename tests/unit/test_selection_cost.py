@@ -102,6 +102,7 @@ def test_without_the_authors_times_there_is_no_verdict():
         (["--json", "/no/such/folder/x.json"], "does not exist; create it first"),
         (["--runs", "0"], "at least one round"),
         (["--authors", "/no/such/file.json"], "holds no times to compare with"),
+        (["--authors", str(AUTHORS), "--json", str(AUTHORS)], "which is read here"),
         (["--authors", str(PROJECT / "results" / "published.json")], "holds no times to compare with"),
     ],
 )

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from dcp_prune.environment import environment
 from dcp_prune.errors import DcpPruneError, InvalidInputError
-from dcp_prune.files import check_writable, to_json, write_atomically
+from dcp_prune.files import check_outputs, to_json, write_atomically
 
 Sample = TypeVar("Sample")
 
@@ -38,15 +38,17 @@ class Report:
     Args:
         json: the file.
         runs: rounds that count.
+        reads: files that are read, and so not to be written to.
 
     Raises:
-        InvalidInputError: no round, or a file that cannot be written.
+        InvalidInputError: no round, or a file that cannot be written or is read.
     """
 
-    def __init__(self, json: Path | None, runs: int) -> None:
+    def __init__(self, json: Path | None, runs: int, *, reads: Sequence[Path] = ()) -> None:
         if runs < 1:
             raise InvalidInputError(f"a median needs at least one round, got --runs {runs}")
-        self.target = None if json is None else check_writable(json)
+        check_outputs([] if json is None else [json], reads)
+        self.target = json
         self.runs = runs
         self.console = Console()
 

@@ -163,7 +163,7 @@ def main(
         authors: file with the times of the authors' code, which the result then carries beside ours.
         json: file to write the result to.
     """
-    report = Report(json, runs)
+    report = Report(json, runs, reads=[] if authors is None else [authors])
     published = None if authors is None else _read_times(authors)
     names = pruner or _after_the_encoder(list_pruners(), report.say)
     widths = {"width": 64, "encoder_width": 32} if tiny else {"width": 4096, "encoder_width": 1024}
