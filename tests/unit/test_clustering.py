@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcp_prune.functional.clustering import assign, facility_location, reselect
+from dcp_prune import VisualTokens, make_pruner
+from dcp_prune.functional.clustering import Blend, assign, facility_location, reselect
 from dcp_prune.functional.similarity import cosine_similarity
 
 quick = settings(max_examples=40, deadline=None)
@@ -102,3 +106,44 @@ def test_reselection_takes_one_member_of_each_cluster(seed, n, data):
     clusters = assign(similarity, facility_location(similarity, k))
     members = reselect(similarity, clusters, k)
     assert clusters.gather(1, members).tolist() == [[*range(k)]] * 2
+
+
+class LargeOperators(TorchDispatchMode):
+    """Counts what is not left to one thread on a CPU; products and views do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        large = isinstance(result, torch.Tensor) and result.numel() > 32_768
+        self.count += large and not func.is_view and "mm" not in str(func)
+        return result
+
+
+@pytest.mark.parametrize("name", ["dcp", "mmtok", "scope"])
+def test_a_larger_budget_asks_for_no_more_large_operators(name):
+    generator = torch.Generator().manual_seed(0)
+    features, text = torch.randn(1, 400, 16, generator=generator), torch.randn(1, 4, 16, generator=generator)
+    attention = torch.rand(1, 400, generator=generator)
+    image = VisualTokens.from_features(features, encoder_features=features, cls_attention=attention, text=text)
+    counts = []
+    for k in (4, 40):
+        with LargeOperators() as large:
+            make_pruner(name, num_tokens=k)(image)
+        counts.append(large.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_blend_is_the_sum_that_it_stands_for():
+    generator = torch.Generator().manual_seed(0)
+    similarity, vectors = torch.randn(2, 9, 9, generator=generator), torch.randn(2, 9, 3, generator=generator)
+    scale = torch.tensor([0.3, 0.9])[:, None, None]
+    whole, blend = scale * similarity + vectors @ vectors.mT, Blend(similarity, scale, vectors)
+    picks = torch.tensor([[1, 4], [8, 0]])
+    torch.testing.assert_close(blend.columns(picks), whole.gather(2, picks.unsqueeze(1).expand(2, 9, 2)))
+    torch.testing.assert_close(blend @ vectors, whole @ vectors)
+    assert torch.equal(assign(blend, picks), assign(whole, picks))
+    clusters = assign(whole, picks)
+    assert torch.equal(reselect(blend, clusters, 2), reselect(whole, clusters, 2))

@@ -10,7 +10,7 @@ from test_dcp import SIDE, D, N, on_thing, scene
 
 from dcp_prune import DCPPruner, InvalidInputError, UniformPruner, VisualTokens, make_pruner
 from dcp_prune.functional.graph import context_to_anchor_graph
-from dcp_prune.functional.similarity import in_patches, squared_distance
+from dcp_prune.functional.similarity import in_patches
 from dcp_prune.models.layout import frames_layout, plain_layout, with_separators
 
 
@@ -20,10 +20,16 @@ def blank_video(frames: int, rows: int, cols: int, step: float = 1.0) -> VisualT
     return replace(tokens, positions=layout.positions.unsqueeze(0))
 
 
+def distances(places: torch.Tensor, time_weight: float) -> list[float]:
+    """Of all places from the first."""
+    places = in_patches(places, time_weight)
+    return torch.cdist(places, places)[0, 0].tolist()
+
+
 def test_a_step_in_time_counts_as_so_many_patches():
     places = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 2.0]]])
-    assert squared_distance(in_patches(places, 2.5))[0, 0].tolist() == [0, 9, 25]
-    assert squared_distance(in_patches(places, 0.0))[0, 0].tolist() == [0, 9, 0]
+    assert distances(places, 2.5) == [0, 3, 5]
+    assert distances(places, 0.0) == [0, 3, 0]
     assert torch.equal(in_patches(places[..., :2], 2.5), places[..., :2])
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dcp_prune.functional.similarity import gram
+from dcp_prune.functional.similarity import gather_tokens, gram, strips
 
 _KRYLOV_STEPS = 9
 _KRYLOV_ERROR = 5e-4
@@ -72,8 +73,7 @@ def unmet_demand(
         need = need.masked_fill(~mask, 0.0)
         best = best.masked_fill(~mask.unsqueeze(1), 0.0)
     total = (need * best.amax(dim=2).clamp(min=0.0)).sum(dim=1, keepdim=True)
-    columns = picks.unsqueeze(1).expand(*similarity.shape[:2], -1)
-    cover = similarity.gather(2, columns).clamp_(min=0.0).cummax(dim=2).values
+    cover = _columns(similarity, picks).clamp_(min=0.0).cummax(dim=2).values
     met = (need.unsqueeze(1) @ cover).squeeze(1)
     return torch.where(total > 0, 1.0 - met / total, 0.0).clamp(min=0.0)
 
@@ -113,7 +113,10 @@ def max_coverage(
     for step in range(k):
         if step > 0:
             for left in lefts:
-                left.sub_(left.gather(2, picks[-1].unsqueeze(1).expand(b, left.shape[1], 1))).clamp_(min=0.0)
+                columns = left.gather(2, picks[-1].unsqueeze(1).expand(b, left.shape[1], 1))
+                rows = strips(left)
+                for strip, column in zip(rows, columns.split(rows[0].shape[1], dim=1), strict=True):
+                    strip.sub_(column).clamp_(min=0.0)
         gains = [(need @ left).squeeze(1) for need, left in zip(needs, lefts, strict=True)]
         gain = sum(gains[1:], start=gains[0])
         gain = gain if merit is None else gain * merit
@@ -123,9 +126,41 @@ def max_coverage(
     return torch.cat(picks, dim=1)
 
 
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """The similarity scale * S + V V^T, which is never built: columns and products of it are all that anyone asks for.
+
+    Attributes:
+        similarity: S. `b n n`.
+        scale: `b 1 1`.
+        vectors: V. `b n t`.
+    """
+
+    similarity: Float[Tensor, "b n n"]
+    scale: Float[Tensor, "b 1 1"]
+    vectors: Float[Tensor, "b n t"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.similarity.dtype
+
+    def columns(self, picks: Int[Tensor, "b k"]) -> Float[Tensor, "b n k"]:
+        """Similarity of every token to the tokens at these positions."""
+        return self.scale * _columns(self.similarity, picks) + self.vectors @ gather_tokens(self.vectors, picks).mT
+
+    def __matmul__(self, other: Float[Tensor, "b n k"]) -> Float[Tensor, "b n k"]:
+        return self.scale * (self.similarity @ other) + self.vectors @ (self.vectors.mT @ other)
+
+
+def _columns(similarity: Float[Tensor, "b n n"] | Blend, picks: Int[Tensor, "b k"]) -> Float[Tensor, "b n k"]:
+    if isinstance(similarity, Blend):
+        return similarity.columns(picks)
+    return similarity.gather(2, picks.unsqueeze(1).expand(*similarity.shape[:2], -1))
+
+
 @torch.no_grad()
 def assign(
-    similarity: Float[Tensor, "b n n"],
+    similarity: Float[Tensor, "b n n"] | Blend,
     centres: Int[Tensor, "b k"],
     mask: Bool[Tensor, "b n"] | None = None,
     centre_mask: Bool[Tensor, "b k"] | None = None,
@@ -139,8 +174,8 @@ def assign(
         centre_mask: False marks slots without a centre, which nothing joins. `b k`.
     """
     b, k = centres.shape
-    n = similarity.shape[1]
-    to_centres = similarity.gather(2, centres.unsqueeze(1).expand(b, n, k))
+    to_centres = _columns(similarity, centres)
+    n = to_centres.shape[1]
     own = centres
     if centre_mask is not None:
         to_centres = to_centres.masked_fill_(~centre_mask.unsqueeze(1), -torch.inf)
@@ -155,7 +190,7 @@ def assign(
 
 @torch.no_grad()
 def reselect(
-    similarity: Float[Tensor, "b n n"],
+    similarity: Float[Tensor, "b n n"] | Blend,
     clusters: Int[Tensor, "b n"],
     k: int,
     *,

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 _WORTH_STRIPS = 512
+_ONE_THREAD = 32_768
+"""Numbers that torch's operators leave to one thread."""
 
 
 def widened(values: Tensor) -> Tensor:
@@ -36,11 +38,11 @@ def vector_lengths(vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:
 def gram(vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b n n"]:
     """Inner product of every vector with every one of the same row, in their own precision.
 
-    On a CPU, where arithmetic is what takes time, strip by strip, and what lies below the diagonal is copied from above
-    it: five eighths of the products. Short vectors are not worth the copies.
+    On one thread of a CPU, where arithmetic is what takes time, strip by strip, and what lies below the diagonal is
+    copied from above it: five eighths of the products. Short vectors are not worth the copies.
     """
     b, n, d = vectors.shape
-    if vectors.device.type != "cpu" or d < _WORTH_STRIPS:
+    if vectors.device.type != "cpu" or d < _WORTH_STRIPS or torch.get_num_threads() > 1:
         return vectors @ vectors.mT
     products = vectors.new_empty(b, n, n)
     strip = max(1, -(-n // 4))
@@ -49,6 +51,17 @@ def gram(vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b n n"]:
         products[:, start:stop, start:] = vectors[:, start:stop] @ vectors[:, start:].mT
         products[:, stop:, start:stop] = products[:, start:stop, stop:].mT
     return products
+
+
+def strips(matrix: Float[Tensor, "b n m"]) -> tuple[Tensor, ...]:
+    """The matrix as views of some rows each, to work on one by one in place.
+
+    On a CPU a strip is small enough for one thread: beside another busy process, calling a second thread together costs
+    a hundred times the arithmetic. Elsewhere there is one strip.
+    """
+    if matrix.device.type != "cpu":
+        return (matrix,)
+    return matrix.split(max(1, _ONE_THREAD // max(1, len(matrix) * matrix.shape[2])), dim=1)
 
 
 def scale_to_peak(scores: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n"]:
@@ -72,10 +85,3 @@ def in_patches(positions: Float[Tensor, "b n p"], time_weight: float) -> Float[T
     """Positions whose time, the third coordinate that tokens of videos have, counts as so many patches each (ours)."""
     positions = positions.float()
     return torch.cat((positions[..., :2], positions[..., 2:] * time_weight), dim=-1)
-
-
-def squared_distance(points: Float[Tensor, "b n p"]) -> Float[Tensor, "b n n"]:
-    """Squared Euclidean distance between every two points, exact for whole coordinates."""
-    points = points.float()
-    lengths = points.square().sum(dim=-1)
-    return (lengths.unsqueeze(2) + lengths.unsqueeze(1) - 2.0 * points @ points.mT).clamp(min=0.0)

@@ -17,10 +17,11 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from dcp_prune.budget import Budget
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.functional.clustering import assign, facility_location, reselect, unmet_demand
+from dcp_prune.functional.clustering import Blend, assign, facility_location, reselect, unmet_demand
 from dcp_prune.functional.distribution import DISTANCES, coverage_of_prefixes, kappa
 from dcp_prune.functional.graph import context_to_anchor_graph, propagate
 from dcp_prune.functional.relevance import token_relevance, word_confidence, word_similarity
@@ -30,7 +31,6 @@ from dcp_prune.functional.similarity import (
     gather_tokens,
     in_patches,
     scale_to_peak,
-    squared_distance,
 )
 from dcp_prune.pruners.base import EncoderStage, Pruner, Selection, missing_signals
 from dcp_prune.pruners.options import Bound, Checked, Count, Number, Positive, Rule, Share, Weight, is_whole
@@ -283,23 +283,31 @@ class TATCS(Checked):
         """How well token j would represent token i; with a temperature, each row sums to 1."""
         if self.centre_temperature is None:
             return similarity
-        logits = similarity / self.centre_temperature
+        # All that is added to cosine / temperature is a product of a few columns, and takes no matrix of its own.
+        out_of_reach = torch.zeros_like(tokens.mask, dtype=similarity.dtype).masked_fill(~tokens.mask, -1e30)
+        rows, columns = [torch.ones_like(out_of_reach)], [out_of_reach]
         if question is not None and self.centre_sigma is not None:
-            distance = squared_distance(places) / (2.0 * self.centre_sigma**2)
-            logits = logits.addcmul_(question.relevance.unsqueeze(2) ** self.relevance_power, distance, value=-1.0)
-        return logits.masked_fill_(~tokens.mask.unsqueeze(1), -torch.inf).softmax(dim=2)
+            places = places.to(similarity.dtype).masked_fill(~tokens.mask.unsqueeze(2), 0.0)
+            places = places - places.sum(dim=1, keepdim=True) / tokens.mask.sum(dim=1).clamp(min=1)[:, None, None]
+            reach = question.relevance.to(similarity.dtype) ** self.relevance_power / (2.0 * self.centre_sigma**2)
+            length = places.square().sum(dim=2)
+            rows += [-reach * length, -reach, *(2.0 * reach.unsqueeze(2) * places).unbind(dim=2)]
+            columns += [torch.ones_like(length), length, *places.unbind(dim=2)]
+        left, right = torch.stack(rows, dim=2), torch.stack(columns, dim=1)
+        return torch.baddbmm(similarity, left, right, beta=1.0 / self.centre_temperature).softmax(dim=2)
 
-    def affinity(self, similarity: Float[Tensor, "b n n"], question: Question | None) -> Float[Tensor, "b n n"]:
+    def affinity(self, similarity: Float[Tensor, "b n n"], question: Question | None) -> Float[Tensor, "b n n"] | Blend:
         """(1 - a) cos(x_i, x_j) + a cos(q_i, q_j), where a falls with the confidence of the surest word."""
         if question is None or self.text_affinity == 0:
             return similarity
-        a = self.text_affinity * question.words.amax(dim=1)[:, None, None]
-        return (1.0 - a) * similarity + a * cosine_similarity(question.cosines * question.words.unsqueeze(1))
+        a = self.text_affinity * question.words.amax(dim=1)[:, None, None].to(similarity.dtype)
+        spoken = functional.normalize((question.cosines * question.words.unsqueeze(1)).to(similarity.dtype), dim=2)
+        return Blend(similarity, 1.0 - a, a.sqrt() * spoken)
 
     def members(
         self,
         tokens: VisualTokens,
-        affinity: Float[Tensor, "b n n"],
+        affinity: Float[Tensor, "b n n"] | Blend,
         centres: Int[Tensor, "b k"],
         filled: Bool[Tensor, "b k"] | None,
         saliency: Float[Tensor, "b n"] | None,
