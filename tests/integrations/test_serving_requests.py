@@ -91,6 +91,8 @@ def refused(answer: tuple[int, str], cause: str, status: int = 400) -> None:
         (user(seed=10**30), "seed"),
         (user(stop=5), "stop must be a valid list"),
         (user(stop=[""]), "stop.0 is empty"),
+        (user(stop=["a"] * 17), "stop is too long; 16 are the most"),
+        (user(stop="a" * 201), "stop.0 is too long; 200 are the most"),
         (user(stream="yes"), "stream must be a valid boolean"),
         (user(n=2), "n is not supported; leave it out, or send 1, got 2"),
         (user(logprobs=True), "logprobs is not supported"),
@@ -129,6 +131,24 @@ def test_a_request_that_cannot_be_answered_as_it_is_meant_is_refused_by_name(
 def test_a_body_that_is_no_json_object_is_refused(running: Running, data: bytes) -> None:
     for route in ("/v1/chat/completions", "/v1/responses", "/load_model"):
         refused(post(running.url + route, data), "the body ")
+
+
+def test_endless_objects_are_refused_before_they_are_read(model: Any, processor: Any) -> None:
+    with serve(model, processor, limits=Limits(items=1_000)) as strict:
+        for item in ({"role": "user"}, [], {}):
+            refused(chat(strict, {"messages": [item] * 1_000}), "too many objects and lists; 1,000 are the most")
+
+
+def test_deep_tools_are_refused_with_a_sentence(model: Any, processor: Any) -> None:
+    processor = copy.deepcopy(processor)
+    processor.chat_template += "{% if tools %}{{ tools | tojson }}{% endif %}"
+    deep: Any = {}
+    for _ in range(600):
+        deep = {"a": deep}
+    with serve(model, processor) as found:
+        status, body = chat(found, user(tools=[{"type": "function", "function": {"name": "f", "parameters": deep}}]))
+        assert status in (200, 400), body
+        refused(chat(found, user(tools=[{"function": {"name": "<image>"}}])), "the text holds <image>")
 
 
 def test_too_many_bytes_are_refused_before_they_are_read(running: Running) -> None:

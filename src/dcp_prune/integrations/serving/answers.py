@@ -92,11 +92,10 @@ class Answers:
         """
         self._check(asked)
         waiting = iter(images)
-        messages = [_turn(message, waiting) for message in asked.messages]
         arguments = asked.chat_template_kwargs or {}
         try:
             inputs = self.processor.apply_chat_template(
-                messages,
+                [_turn(message, waiting) for message in asked.messages],
                 add_generation_prompt=True,
                 tools=_nested(asked.tools) if asked.tools else None,
                 tokenize=True,
@@ -170,10 +169,9 @@ class Answers:
                 )
         if asked.tools and not self._reads_tools:
             raise InvalidInputError(f"tools: the chat template of {self.name} does not read them; leave them out")
-        spoken = asked.model_dump(include={"messages", "tools", "chat_template_kwargs"})
-        for text in texts_of(spoken):
+        for text in texts_of([_words_of(asked.messages), asked.tools, arguments]):
             for marker in self._markers:
-                if marker in text and not text.startswith("data:image/"):
+                if marker in text:
                     raise InvalidInputError(
                         f"the text holds {marker}, which stands for an image in the prompt; leave it out"
                     )
@@ -203,6 +201,13 @@ def messages_of(body: dict[str, Any]) -> dict[str, Any]:
         raise InvalidInputError(f"input is not as OpenAI's API has it ({cause})") from None
     rest = {name: value for name, value in body.items() if name not in ("input", "instructions")}
     return {**rest, "messages": messages}
+
+
+def _words_of(messages: Sequence[Message]) -> list[Any]:
+    """What is said in messages, pictures left out."""
+    parts = [part.text for message in messages for part in message.content if not isinstance(part, ImagePart)]
+    calls = [(call.function.name, call.function.arguments) for message in messages for call in message.tool_calls]
+    return [parts, calls, [message.reasoning_content for message in messages]]
 
 
 def _turn(message: Message, images: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class Limits:
         picture: bytes of one that is fetched.
         pixels: of all pictures together, once decoded.
         text: characters of everything else.
+        items: objects and lists, brackets in texts included.
         url: characters of an address.
         seconds: until all pictures behind addresses have arrived.
     """
@@ -26,5 +27,6 @@ class Limits:
     picture: int = 20 * MIB
     pixels: int = 64_000_000
     text: int = 1_000_000
+    items: int = 100_000
     url: int = 2_048
     seconds: float = 10.0

@@ -98,7 +98,7 @@ class Server:
             return await self._answer(request, lambda body: check(Responses, messages_of(body), self._limits))
 
         async def load(request: Request) -> Any:  # what `transformers chat` asks for first
-            body = await self._off_the_loop(read_json, await self._read(request))
+            body = await self._off_the_loop(read_json, await self._read(request), self._limits)
             self._check_name(body.get("model"))
             event = {"status": "ready", "model": self.name, "cached": True}
             return PlainTextResponse(f"data: {json.dumps(event)}\n\n", media_type="text/event-stream")
@@ -131,7 +131,7 @@ class Server:
 
     async def _answer(self, request: Request, read: Callable[[dict[str, Any]], Chat | Responses]) -> Any:
         data = await self._read(request)
-        asked = await self._off_the_loop(lambda: read(read_json(data)))
+        asked = await self._off_the_loop(lambda: read(read_json(data, self._limits)))
         self._check_name(asked.model)
         urls = pictures_of(asked)
         fetched = await fetch(urls, self._limits, allow_private=self._allow_private)
