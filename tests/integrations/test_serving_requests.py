@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from served import QUESTION, Running, encode, fetch, post, serve, shown, text
+from transformers import GenerationConfig
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.serving import Limits, answers, pictures
@@ -211,6 +212,22 @@ def test_pieces_up_to_a_stop_are_the_text_up_to_it(pieces: list[str], stops: lis
     whole = "".join(pieces)
     ends = [whole.find(stop) for stop in stops if stop in whole]
     assert "".join(found) == whole[: min(ends, default=len(whole))]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asked", [{"n": 2}, {"logprobs": True, "top_logprobs": 2}])
+def test_openais_client_learns_what_is_not_supported(running: Running, asked: dict[str, Any], stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"{min(asked)} is not supported"):
+        running.ask(PICTURE, text(QUESTION), **asked, stream=stream)
+
+
+def test_what_transformers_chat_sends_is_answered(running: Running) -> None:
+    settings = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=0.7, top_k=5).to_json_string()
+    body = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "generation_config": settings}
+    status, streamed = chat(running, {**body, "stream": True})
+    assert status == 200, streamed
+    last = json.loads([line for line in streamed.splitlines() if line][-1].removeprefix("data: "))
+    assert last["usage"]["completion_tokens"] == 3
 
 
 def test_the_responses_api_streams_only_when_asked(running: Running) -> None:
