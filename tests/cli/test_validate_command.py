@@ -28,7 +28,7 @@ def checks(dcp_prune: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
 
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
     monkeypatch.setattr("dcp_prune.testbed.load.load", never)
-    monkeypatch.setattr(validate_module, "_free_memory", lambda: ("here", 2**33))
+    monkeypatch.setattr(validate_module, "free_memory", lambda device: 2**33)
 
     def run(*arguments: object) -> dict[str, Any]:
         outcome = dcp_prune("validate", "--json", *arguments)
@@ -226,7 +226,7 @@ def test_a_budget_of_all_tokens_is_a_warning(checks: Run) -> None:
 
 
 def test_too_little_memory_for_all_processes_is_a_problem(checks: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate_module, "_free_memory", lambda: ("here", 2**24))
+    monkeypatch.setattr(validate_module, "free_memory", lambda device: 2**24)
     assert checks("--batch-size", "1", "--processes", "1")["memory"]["state"] == "ok"
     assert checks("--batch-size", "1", "--processes", "8")["memory"]["state"] == "problem"
 

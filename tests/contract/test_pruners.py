@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from dcp_prune import (
     make_pruner,
 )
 from dcp_prune.errors import NonFiniteError
+from dcp_prune.pruners import base
 from dcp_prune.pruners.base import read_signal
 
 B, SIDE, D, WORDS = 3, 8, 24, 5
@@ -374,6 +376,45 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self.numel = max(self.numel, value.numel())
         return result
+
+
+class Matrices(TorchDispatchMode):
+    """The most matrices of n x n numbers in four bytes that were alive at once, not counting views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[weakref.ref[torch.Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.alive.append(weakref.ref(value))
+        self.alive = [each for each in self.alive if each() is not None]
+        storages = {value.untyped_storage() for each in self.alive if (value := each()) is not None}
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.most = max(self.most, sum(size // (4 * N * N) for size in sizes.values()))
+        return result
+
+
+def test_a_pruner_holds_no_more_matrices_than_it_says(name, tokens):
+    with Matrices() as found:
+        make_pruner(name, num_tokens=9)(rows(tokens, torch.tensor([0])))
+    assert found.most <= get_pruner(name).matrices
+
+
+def test_more_tokens_than_memory_can_compare_are_refused_with_what_it_would_take(name, tokens, monkeypatch):
+    monkeypatch.setattr(base, "free_memory", lambda device: 2**10)
+    monkeypatch.setattr(base, "_WORTH_ASKING", 1)
+    pruner = make_pruner(name, num_tokens=9)
+    if pruner.matrices:
+        with pytest.raises(
+            InvalidInputError, match=r"all 64 visual tokens .* takes about \d+.* KiB .* 1.0 KiB are free"
+        ):
+            pruner(tokens)
+    else:
+        pruner(tokens)
 
 
 def test_nothing_larger_than_one_similarity_matrix_is_built(name, tokens):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from dataclasses import fields, replace
 
 import pytest
@@ -438,6 +440,15 @@ def test_no_two_groups_have_a_field_of_one_name():
 def test_groups_that_cannot_be_are_refused(options, says):
     with pytest.raises(InvalidInputError, match=says):
         make_pruner("dcp", num_tokens=16, **options)
+
+
+def test_first_mistakes_are_answered_with_the_way_to_write_it():
+    with pytest.raises(InvalidInputError, match=r"takes its options by name, as in DCPPruner\(num_tokens=16\)"):
+        DCPPruner(16)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(InvalidInputError, match=r"write DCPPruner\(tatcs=TATCS\(text_weight=0\), ...\)"):
+        DCPPruner(num_tokens=16, text_weight=0)  # pyright: ignore[reportCallIssue]
+    for made in (pickle.loads(pickle.dumps(DCPPruner(num_tokens=16))), copy.deepcopy(DCPPruner(num_tokens=16))):
+        assert made == DCPPruner(num_tokens=16)
 
 
 @pytest.mark.parametrize("name", ["dcp", "dcp_progressive"])

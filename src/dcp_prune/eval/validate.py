@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from dcp_prune.eval.data.jsonl import read_questions
 from dcp_prune.eval.specs import ALL_TOKENS, Method, Spec, parse_spec
 from dcp_prune.files import check_writable
 from dcp_prune.integrations.transformers import get_adapter, supported_architectures
+from dcp_prune.memory import free_memory, in_words
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.tokens import Signal, VisualTokens
 
@@ -228,7 +228,7 @@ def _on_the_hub(name: str) -> _Found:
         found = f"{name} is not in the cache, and the hub cannot be reached ({type(error).__name__})"
         advice = "connect to the network, or copy the model here and give its folder"
     else:
-        check = Check("model", "ok", f"{name} is on the hub, {_bytes(size)} to download")
+        check = Check("model", "ok", f"{name} is on the hub, {in_words(size)} to download")
         return _Found((check,), config=config, to_download=size, cache=cache)
     return _Found((Check("model", "problem", found, advice),))
 
@@ -249,7 +249,7 @@ def _local(folder: Path, called: str) -> _Found:
     if problems:
         advice = "fetch these files again; a download that was interrupted goes on where it stopped"
         return _Found((Check("model", "problem", f"{called}: {'; '.join(problems)}", advice),), folder, config)
-    check = Check("model", "ok", f"{called}: {_bytes(size)} of weights, all files complete")
+    check = Check("model", "ok", f"{called}: {in_words(size)} of weights, all files complete")
     return _Found((check,), folder, config, complete=True, parameters=parameters)
 
 
@@ -561,7 +561,7 @@ def _room(subject: str, place: Path, needed: int) -> Check:
     while not place.exists():
         place = place.absolute().parent
     free = shutil.disk_usage(place).free
-    found = f"about {_bytes(needed)} needed, {_bytes(free)} free at {place}"
+    found = f"about {in_words(needed)} needed, {in_words(free)} free at {place}"
     if needed > free:
         return Check(subject, "problem", found, "make room, or choose another disk")
     if needed > SPARE * free or free < 2**28:
@@ -580,11 +580,12 @@ def _memory(plan: Plan, blueprint: _Blueprint) -> Check:
     cache = plan.batch_size * length * text.num_hidden_layers * 2 * heads * width * dtype.itemsize
     working = plan.batch_size * length * (4 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
     needed = plan.processes * (weights + cache + working)
-    device, free = _free_memory()
+    on_gpu = torch.cuda.is_available()
+    device, free = "on the GPU" if on_gpu else "in main memory", free_memory("cuda" if on_gpu else "cpu")
     copies = f"{plan.processes} processes with " if plan.processes > 1 else ""
     found = (
-        f"about {_bytes(needed)} needed ({copies}weights {_bytes(weights)} in {str(dtype).removeprefix('torch.')}, "
-        f"KV cache {_bytes(cache)} without pruning), {_bytes(free)} free {device}"
+        f"about {in_words(needed)} needed ({copies}weights {in_words(weights)} in {str(dtype).removeprefix('torch.')}, "
+        f"KV cache {in_words(cache)} without pruning), {in_words(free)} free {device}"
     )
     if needed > free:
         return Check("memory", "problem", found, "use fewer processes, a smaller batch or a larger machine")
@@ -593,32 +594,11 @@ def _memory(plan: Plan, blueprint: _Blueprint) -> Check:
     return Check("memory", "ok", found)
 
 
-def _free_memory() -> tuple[str, int]:
-    """Where the model would run, and the bytes that are free there."""
-    if torch.cuda.is_available():
-        return "on the GPU", torch.cuda.mem_get_info()[0]
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8"))
-        free = [int(found[1]) * 1024] if found else free
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="utf-8").strip()).isdigit():
-        free.append(int(most) - int(used.read_text(encoding="utf-8")))
-    return "in main memory", max(0, min(free))
-
-
 def _product(shape: Sequence[int]) -> int:
     product = 1
     for size in shape:
         product *= size
     return product
-
-
-def _bytes(size: int) -> str:
-    power = min(max(size, 1).bit_length() - 1, 49) // 10
-    value = size / 1024**power
-    return f"{value:.{1 if power and value < 100 else 0}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def _cause(error: Exception) -> str:

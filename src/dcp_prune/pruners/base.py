@@ -15,6 +15,7 @@ from dcp_prune.budget import Budget, Scope, is_range
 from dcp_prune.errors import InvalidInputError, MissingSignalError, NonFiniteError
 from dcp_prune.functional.selection import masked_topk
 from dcp_prune.functional.similarity import gather_tokens, widened
+from dcp_prune.memory import free_memory, in_words
 from dcp_prune.pruners.batching import join_tiles, regroup, split_tiles, take_rows
 from dcp_prune.pruners.options import Checked
 from dcp_prune.tokens import (
@@ -28,6 +29,8 @@ from dcp_prune.tokens import (
 
 _LARGEST = 1e15
 """Beyond it sums of squares overflow float32: cosines and distances turn to NaN."""
+_WORTH_ASKING = 2**30
+"""Bytes from which on it is worth knowing what is free."""
 _FEATURES = "visual features"
 _IN_WORDS = {
     Signal.ENCODER_FEATURES: "encoder's features",
@@ -106,6 +109,8 @@ class Pruner(Checked, ABC):
     """Signals that the tokens must carry; a missing one raises, never degrades."""
     optional: ClassVar[frozenset[Signal]] = frozenset()
     """Signals that the method uses where they exist."""
+    matrices: ClassVar[int] = 0
+    """Matrices of all tokens against all that the method holds at once; what it needs where tokens are many."""
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "keep_ratio"):
@@ -176,7 +181,7 @@ class Pruner(Checked, ABC):
         Raises:
             NonFiniteError: features, or a signal that this pruner reads, hold NaN, inf or numbers beyond 1e15.
             MissingSignalError: the tokens lack a signal that this pruner needs.
-            InvalidInputError: a tensor of the wrong shape or type.
+            InvalidInputError: a tensor of the wrong shape or type, or more tokens than memory has room to compare.
         """
         padded = self._guard(tokens)
         if self.scope == "tile" and tokens.tiles is not None:
@@ -209,6 +214,7 @@ class Pruner(Checked, ABC):
         if fewest >= n:
             chosen = Selection(kept=torch.arange(n, device=tokens.mask.device).expand_as(tokens.indices))
         else:
+            self._check_memory(tokens)
             with torch.autocast(tokens.features.device.type, enabled=False):
                 chosen = self._prune_rows_at_hand(_in_one_dtype(offered), min(k, n))
         if chosen.mask is None:
@@ -224,11 +230,27 @@ class Pruner(Checked, ABC):
             stats=chosen.stats,
         )
 
+    def _check_memory(self, tokens: VisualTokens) -> None:
+        b, n, _ = tokens.features.shape
+        together = 1 if self._goes_row_by_row(tokens) else b
+        needed = self.matrices * together * n**2 * _wide(tokens.features).itemsize
+        if needed < _WORTH_ASKING or needed <= (free := free_memory(str(tokens.features.device))):
+            return
+        fewer = "" if together == 1 else "prune fewer images at once, "
+        raise InvalidInputError(
+            f"{type(self).__name__} compares all {n:,} visual tokens of an image with each other, which takes about "
+            f"{in_words(needed)} of memory, and {in_words(free)} are free; {fewer}make the picture smaller, give each "
+            "tile or frame a budget of its own with scope='tile', or use a pruner that compares none, such as resize"
+        )
+
+    def _goes_row_by_row(self, tokens: VisualTokens) -> bool:
+        return tokens.features.device.type == "cpu" and not self.joint
+
     def _prune_rows_at_hand(self, tokens: VisualTokens, k: int) -> Selection:
         """`prune`; on a CPU image by image (ours): their matrices stay in its cache, which is faster, and products of a
         batch, which are rounded otherwise than those of one image, do not tip the scales where two tokens are alike."""
         b = len(tokens.features)
-        if tokens.features.device.type != "cpu" or self.joint or b == 1:
+        if b == 1 or not self._goes_row_by_row(tokens):
             return self.prune(tokens, k)
         return _join([self.prune(take_rows(tokens, slice(row, row + 1)), k) for row in range(b)])
 

@@ -371,6 +371,7 @@ class DCPPruner(Pruner):
     """
 
     optional: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES, Signal.TEXT})
+    matrices: ClassVar[int] = 4
 
     acgr: ACGR | None = None
     trigger: Trigger = Trigger()

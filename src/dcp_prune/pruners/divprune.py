@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Int
 from torch import Tensor
@@ -19,6 +20,8 @@ class DivPrunePruner(SelectionPruner):
 
     It looks at neither attention nor question, so it needs no signal and works on every model.
     """
+
+    matrices: ClassVar[int] = 3
 
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
         return farthest_point(cosine_similarity(tokens.features), k, mask=tokens.mask)

@@ -34,6 +34,7 @@ class MMTokPruner(SelectionPruner):
     """
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.ENCODER_FEATURES, Signal.TEXT})
+    matrices: ClassVar[int] = 4
 
     alpha: Weight = 0.5
     text_temperature: Positive = 0.02

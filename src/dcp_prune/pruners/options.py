@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from dcp_prune.errors import InvalidInputError
 
@@ -51,6 +51,19 @@ class Checked:
         super().__init_subclass__(**kwargs)
         if "__repr__" not in vars(cls):  # or `dataclass` writes one that prints every field
             cls.__repr__ = Checked.__repr__
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        own = {each.name for each in fields(cls)}
+        if args and all(each.kw_only for each in fields(cls)):
+            example = f"{cls.__name__}({fields(cls)[0].name}={args[0]!r})"
+            raise InvalidInputError(f"{cls.__name__} takes its options by name, as in {example}")
+        for group, kind in groups_of(cls).items():
+            if misplaced := [each.name for each in fields(kind) if each.name in options.keys() - own]:
+                raise InvalidInputError(
+                    f"{misplaced[0]} is an option of {kind.__name__}: write "
+                    f"{cls.__name__}({group}={kind.__name__}({misplaced[0]}={options[misplaced[0]]!r}), ...)"
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, rules in _rules(type(self)).items():

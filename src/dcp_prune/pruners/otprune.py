@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -28,6 +29,8 @@ class OTPrunePruner(SelectionPruner):
     Raises:
         InvalidInputError: gamma is not above 0.
     """
+
+    matrices: ClassVar[int] = 3
 
     gamma: Positive = 0.01
 

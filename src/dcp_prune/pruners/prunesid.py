@@ -31,6 +31,7 @@ class PruneSIDPruner(SelectionPruner):
     """
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES})
+    matrices: ClassVar[int] = 3
 
     cls_in_budget: bool = False
 

@@ -29,6 +29,7 @@ class SCOPEPruner(SelectionPruner):
     """
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES})
+    matrices: ClassVar[int] = 3
 
     alpha: Weight = 1.0
 

@@ -29,6 +29,7 @@ class SCoRePruner(SelectionPruner):
     """
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES})
+    matrices: ClassVar[int] = 2
 
     alpha: Weight = 0.8
 

@@ -31,6 +31,7 @@ class VisPruner(SelectionPruner):
     """
 
     requires: ClassVar[frozenset[Signal]] = frozenset({Signal.CLS_ATTENTION, Signal.ENCODER_FEATURES})
+    matrices: ClassVar[int] = 2
 
     important_share: Share = 0.5
     per_round: Count = 8
