@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
     )
     from dcp_prune.functional.distribution import kappa
-    from dcp_prune.integrations.transformers import prune, prune_inputs
+    from dcp_prune.integrations.transformers import get_handle, prune, prune_inputs
     from dcp_prune.pruners.base import EncoderStage, Pruner, ScorePruner, Selection, SelectionPruner
     from dcp_prune.pruners.cls_attention import ClsAttentionPruner
     from dcp_prune.pruners.dcp import ACGR, TATCS, DCPPruner, Trigger
@@ -40,7 +40,7 @@ _HOMES = {
         "UnsupportedVersionError",
     ),
     "functional.distribution": ("kappa",),
-    "integrations.transformers": ("prune", "prune_inputs"),
+    "integrations.transformers": ("get_handle", "prune", "prune_inputs"),
     "pruners.base": ("EncoderStage", "Pruner", "ScorePruner", "Selection", "SelectionPruner"),
     "pruners.cls_attention": ("ClsAttentionPruner",),
     "pruners.dcp": ("ACGR", "TATCS", "DCPPruner", "Trigger"),
@@ -78,6 +78,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedVersionError",
     "VisualTokens",
+    "get_handle",
     "get_pruner",
     "kappa",
     "list_pruners",

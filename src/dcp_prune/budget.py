@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 from dcp_prune.errors import InvalidInputError
 
 Scope = Literal["image", "tile"]
+DEFAULT_NUM_TOKENS = 16
+"""Where nobody says how many: the budget that the paper is about."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from dcp_prune import __version__, files
+from dcp_prune.budget import DEFAULT_NUM_TOKENS
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.files import to_json, write_atomically
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 # transformers takes seconds to import, so everything that needs it is imported where it is used: --help, `list` and
 # complaints about bad input answer at once.
 
-DEFAULT_NUM_TOKENS = 16
 
 app = App(
     name="dcp-prune",

@@ -54,6 +54,11 @@ class Question:
                 f"text_scope must be one of {', '.join(get_args(TextScope))} or a function of (input_ids, mask), "
                 f"got {self.scope!r}"
             )
+        if self.processor is not None and not hasattr(self.processor, "tokenizer"):
+            raise InvalidInputError(
+                f"processor= wants the model's processor, as AutoProcessor.from_pretrained gives it, got a "
+                f"{type(self.processor).__name__}, which has no tokenizer of its own"
+            )
         if self.scope == "last_turn" and getattr(self.processor, "chat_template", None) is None:
             raise InvalidInputError(
                 "text_scope 'last_turn' needs processor=, with a chat template that says how turns are marked; "

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
+from dcp_prune.budget import DEFAULT_NUM_TOKENS
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.integrations.generation import for_short_prompt
 from dcp_prune.integrations.question import FindWords, Question, Text, TextScope, embed_question
@@ -33,6 +34,7 @@ from dcp_prune.integrations.shortening import (
 )
 from dcp_prune.models import EncodedImages, base_model, get_adapter, supported_architectures
 from dcp_prune.pruners.base import Pruner
+from dcp_prune.registry import make_pruner
 
 __all__ = [
     "EncodedImages",
@@ -145,27 +147,30 @@ def prune_inputs(
 
 def prune(
     model: PreTrainedModel,
-    pruner: Pruner,
+    pruner: Pruner | str,
     *,
     processor: Any = None,
     text_scope: TextScope | FindWords = "after_image",
     keep_markers: bool = False,
     on_record: Callable[[PruneRecord], object] | None = None,
+    **options: Any,
 ) -> PruneHandle:
     """Prunes in every `model.generate(...)` and `model(...)` from now on; a context manager, or `remove()` it.
 
-        with prune(model, pruner) as handle:
+        with prune(model, "dcp", num_tokens=16) as handle:
             ids = model.generate(**inputs)
             handle.last.indices
 
     Args:
         model: a model with an adapter, or a `PeftModel` around one.
-        pruner: which tokens to keep, and how many.
+        pruner: which tokens to keep, and how many; a `Pruner`, or the name of one with its options behind.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
         text_scope, keep_markers: as for `prune_inputs`.
         on_record: told of every call with images as soon as they are pruned, in the thread of the call.
+        options: of a pruner that is given by name, as for `make_pruner`; 16 tokens if they do not say how many.
 
     Raises:
+        UnknownPrunerError: no pruner of that name.
         UnsupportedModelError: see `get_adapter`; or the model's class overrides `generate`.
         UnsupportedVersionError: see `get_adapter`.
         InvalidInputError: the model has a handle already, or an encoder stage does not fit the encoder.
@@ -173,12 +178,30 @@ def prune(
     """
     return PruneHandle(
         model,
-        pruner,
+        _as_pruner(pruner, options),
         processor=processor,
         text_scope=text_scope,
         keep_markers=keep_markers,
         on_record=on_record,
     )
+
+
+def _as_pruner(pruner: Any, options: Mapping[str, Any]) -> Pruner:
+    if isinstance(pruner, str):
+        if not {"num_tokens", "keep_ratio"} & options.keys():
+            options = {**options, "num_tokens": DEFAULT_NUM_TOKENS}
+        return make_pruner(pruner, **options)
+    if options:
+        raise InvalidInputError(
+            f"{', '.join(options)}: options are for a pruner that is given by name; give them to the pruner itself"
+        )
+    if not isinstance(pruner, Pruner):
+        made = pruner.__name__ if isinstance(pruner, type) else type(pruner).__name__
+        what = f"the class {made}" if isinstance(pruner, type) else f"a {made}"
+        raise InvalidInputError(
+            f'prune needs a pruner or its name, got {what}; write DCPPruner(num_tokens=16), or "dcp", num_tokens=16'
+        )
+    return pruner
 
 
 def get_handle(model: PreTrainedModel) -> PruneHandle | None:

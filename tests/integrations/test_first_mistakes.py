@@ -1,0 +1,60 @@
+"""First steps in Python: what people write at first works, or is refused in one sentence that shows the way."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+
+import dcp_prune
+from dcp_prune import DCPPruner, InvalidInputError, UniformPruner, UnknownPrunerError, get_handle, make_pruner, prune
+from tiny_llava import build_model, build_processor, make_image
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build_model()
+
+
+def test_a_pruner_can_be_given_by_name_with_its_options(model):
+    with prune(model, "dcp") as handle:
+        assert handle.pruner == make_pruner("dcp", num_tokens=16)
+    with prune(model, "dcp", num_tokens=4, text_weight=0.5) as handle:
+        assert handle.pruner == make_pruner("dcp", num_tokens=4, text_weight=0.5)
+        assert dcp_prune.get_handle(model) is handle
+    assert get_handle(model) is None
+
+
+@pytest.mark.parametrize(
+    ("pruner", "options", "error", "said"),
+    [
+        ("dpc", {}, UnknownPrunerError, "did you mean dcp"),
+        (DCPPruner, {}, InvalidInputError, r"got the class DCPPruner; write DCPPruner\(num_tokens=16\)"),
+        (16, {}, InvalidInputError, "got a int"),
+        (UniformPruner(num_tokens=4), {"num_tokens": 8}, InvalidInputError, "num_tokens: options are for a pruner"),
+    ],
+)
+def test_what_is_no_pruner_is_refused_and_nothing_is_attached(model, pruner, options, error, said):
+    with pytest.raises(error, match=said):
+        prune(model, pruner, **options)
+    assert get_handle(model) is None
+
+
+def test_a_budget_without_its_name_is_refused_with_the_right_way_to_say_it():
+    with pytest.raises(InvalidInputError, match=r"DCPPruner\(num_tokens=16\), not DCPPruner\(32\)"):
+        DCPPruner(32)  # type: ignore[misc]
+    pruner = DCPPruner(num_tokens=32)
+    assert pickle.loads(pickle.dumps(pruner)) == copy.deepcopy(pruner) == pruner
+
+
+def test_a_part_of_the_processor_in_its_place_is_refused_when_it_is_given(model):
+    processor: Any = build_processor()
+    for part in (processor.tokenizer, processor.image_processor, "llava-hf/llava-1.5-7b-hf"):
+        with pytest.raises(InvalidInputError, match="wants the model's processor"):
+            prune(model, "dcp", processor=part)
+    assert get_handle(model) is None
+    inputs = processor(images=[make_image(1)], text=["<s> USER: <image> what is"], return_tensors="pt")
+    with prune(model, "dcp", num_tokens=8, processor=processor):
+        model.generate(**inputs, max_new_tokens=1)
