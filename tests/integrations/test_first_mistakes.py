@@ -58,3 +58,19 @@ def test_a_part_of_the_processor_in_its_place_is_refused_when_it_is_given(model)
     inputs = processor(images=[make_image(1)], text=["<s> USER: <image> what is"], return_tensors="pt")
     with prune(model, "dcp", num_tokens=8, processor=processor):
         model.generate(**inputs, max_new_tokens=1)
+
+
+def test_a_record_is_printed_in_five_lines_that_say_what_happened(model):
+    processor: Any = build_processor()
+    inputs = processor(images=[make_image(1)], text=["<s> USER: <image> what is"], return_tensors="pt")
+    with prune(model, "dcp", num_tokens=8) as handle:
+        model.generate(**inputs, max_new_tokens=1)
+        said = repr(handle.last).splitlines()
+        assert handle.last is not None
+    assert len(said) == 5
+    assert said[0] == "PruneRecord of 1 image(s)"
+    assert (
+        f"8 of {handle.last.tokens_before}; prompt: {handle.last.prompt_after} of {handle.last.prompt_before}"
+        in said[2]
+    )
+    assert f"{float(handle.last.kappa[0]):.3g}" in said[3]

@@ -80,6 +80,21 @@ class PruneRecord:
         columns = torch.arange(width, device=rows.device).expand(num_rows, width)
         return cls(pruner, tuple(modalities), tuple(layouts), width, columns, rows, every, every, {}, (), watch)
 
+    def __repr__(self) -> str:
+        """Five lines; what lies behind them are attributes."""
+        each = [f"{after} of {before}" for before, after in self.tokens_per_image]
+        shown = ", ".join(dict.fromkeys(each[:8])) + (", ..." if len(each) > 8 else "")
+        kappa = "not measured" if self.kappa is None else ", ".join(f"{x:.3g}" for x in self.kappa[:8].tolist())
+        times = ", ".join(f"{name} {value:.0f} ms" for name, value in self.milliseconds.items())
+        kinds = " and ".join(f"{self.modalities.count(kind)} {kind}(s)" for kind in dict.fromkeys(self.modalities))
+        return (
+            f"PruneRecord of {kinds or 'no image'}\n"
+            f"  pruner: {self.pruner}\n"
+            f"  visual tokens: {shown or 'none'}; prompt: {self.prompt_after} of {self.prompt_before}\n"
+            f"  kappa: {kappa}\n"
+            f"  time: {times or 'not measured'}"
+        )
+
     @property
     def tokens_before(self) -> int:
         """Placeholders of an image in the original prompt; of the largest image where they differ."""
