@@ -74,3 +74,29 @@ def test_a_record_is_printed_in_five_lines_that_say_what_happened(model):
         in said[2]
     )
     assert f"{float(handle.last.kappa[0]):.3g}" in said[3]
+
+
+def test_a_generate_that_others_wrapped_prunes_no_more_once_the_handle_is_gone():
+    model, processor = build_model(), build_processor()
+    inputs: Any = processor(images=[make_image(1)], text=["<s> USER: <image> what is"], return_tensors="pt")
+    ids, logits = model.generate(**inputs, max_new_tokens=4), model(**inputs).logits
+    calls = []
+    with prune(model, "uniform", num_tokens=4) as handle:
+        inner = model.generate
+
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        model.generate = traced
+        model.generate(**inputs, max_new_tokens=4)
+        assert handle.last is not None
+        with pytest.raises(InvalidInputError, match="already prunes"):
+            prune(model, "uniform", num_tokens=8)
+    assert get_handle(model) is None
+    assert model.generate is traced
+    handle.last = None
+    assert (model.generate(**inputs, max_new_tokens=4) == ids).all()
+    assert (model(**inputs).logits == logits).all()
+    assert handle.last is None
+    assert len(calls) == 2

@@ -206,8 +206,9 @@ def _as_pruner(pruner: Any, options: Mapping[str, Any]) -> Pruner:
 
 def get_handle(model: PreTrainedModel) -> PruneHandle | None:
     """The handle that prunes this model's calls, e.g. on a `deepcopy` of an attached model; None if there is none."""
-    owner = getattr(base_model(model).__dict__.get("generate"), "__self__", None)
-    return owner if isinstance(owner, PruneHandle) else None
+    # The hook is asked, since others may wrap `generate`, for timing or tracing, while the handle is there.
+    owners = (getattr(hook, "__self__", None) for hook in base_model(model)._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, PruneHandle)), None)
 
 
 class PruneHandle:
@@ -266,13 +267,21 @@ class PruneHandle:
         self.model.init_continuous_batching = self._refuse_continuous_batching
 
     def remove(self) -> None:
-        """Leaves the model as it was; doing it twice does no harm."""
+        """Leaves the model as it was; doing it twice does no harm.
+
+        Where someone wrapped `generate` meanwhile, the wrapper stays, and what it calls prunes no more.
+        """
         if get_handle(self.model) is not self:
             return
         self._hook.remove()
-        del self.model.__dict__["generate"], self.model.__dict__["init_continuous_batching"]
-        if self._previous is not None:
-            self.model.generate = self._previous
+        for name, ours in (
+            ("generate", self._generate),
+            ("init_continuous_batching", self._refuse_continuous_batching),
+        ):
+            if self.model.__dict__.get(name) == ours:
+                del self.model.__dict__[name]
+                if name == "generate" and self._previous is not None:
+                    self.model.generate = self._previous
 
     def __enter__(self) -> Self:
         return self
@@ -286,6 +295,8 @@ class PruneHandle:
     @functools.wraps(vars(GenerationMixin)["generate"])
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         original = self._previous or functools.partial(type(self.model).generate, self.model)
+        if get_handle(self.model) is not self:  # removed, but called by a wrapper that outlived it
+            return original(*args, **kwargs)
         call = _by_name(type(self.model).generate, self.model, args, kwargs)
         if call.get("inputs") is not None:
             call["input_ids"] = call.pop("inputs")
@@ -329,7 +340,9 @@ class PruneHandle:
         self._remember(inputs.get("past_key_values"), short)
         return (), inputs
 
-    def _refuse_continuous_batching(self, *_: Any, **__: Any) -> Any:
+    def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        if get_handle(self.model) is not self:
+            return type(self.model).init_continuous_batching(self.model, *args, **kwargs)
         raise InvalidInputError(
             "continuous batching (generate_batch, cache_implementation='paged') takes token ids without images and "
             "would answer without seeing them; call generate, or remove the handle for prompts that have no image"
