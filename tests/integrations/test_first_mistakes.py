@@ -77,8 +77,9 @@ def test_a_record_is_printed_in_five_lines_that_say_what_happened(model):
 
 
 def test_a_generate_that_others_wrapped_prunes_no_more_once_the_handle_is_gone():
-    model, processor = build_model(), build_processor()
-    inputs: Any = processor(images=[make_image(1)], text=["<s> USER: <image> what is"], return_tensors="pt")
+    model: Any = build_model()
+    processor: Any = build_processor()
+    inputs = processor(images=[make_image(1)], text=["<s> USER: <image> what is"], return_tensors="pt")
     ids, logits = model.generate(**inputs, max_new_tokens=4), model(**inputs).logits
     calls = []
     with prune(model, "uniform", num_tokens=4) as handle:
