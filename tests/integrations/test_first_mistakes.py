@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -40,13 +38,6 @@ def test_what_is_no_pruner_is_refused_and_nothing_is_attached(model, pruner, opt
     with pytest.raises(error, match=said):
         prune(model, pruner, **options)
     assert get_handle(model) is None
-
-
-def test_a_budget_without_its_name_is_refused_with_the_right_way_to_say_it():
-    with pytest.raises(InvalidInputError, match=r"DCPPruner\(num_tokens=16\), not DCPPruner\(32\)"):
-        DCPPruner(32)  # type: ignore[misc]
-    pruner = DCPPruner(num_tokens=32)
-    assert pickle.loads(pickle.dumps(pruner)) == copy.deepcopy(pruner) == pruner
 
 
 def test_a_part_of_the_processor_in_its_place_is_refused_when_it_is_given(model):

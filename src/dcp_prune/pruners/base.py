@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -111,14 +111,6 @@ class Pruner(Checked, ABC):
     """Signals that the method uses where they exist."""
     matrices: ClassVar[int] = 0
     """Matrices of all tokens against all that the method holds at once; what it needs where tokens are many."""
-
-    def __new__(cls, *given: Any, **options: Any) -> Self:
-        if given:
-            raise InvalidInputError(
-                f"{cls.__name__} takes its options by name: {cls.__name__}(num_tokens=16), not {cls.__name__}"
-                f"({', '.join(map(repr, given))})"
-            )
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "keep_ratio"):
