@@ -538,3 +538,21 @@ def test_a_handle_works_without_a_with_statement(model: Any, make_inputs: MakeIn
     handle.remove()
     handle.remove()
     assert traces(model) == before
+
+
+def test_a_rule_of_allowed_tokens_sees_the_prompt_of_each_sample(model: Any, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs(PROMPTS[0], PROMPTS[1])
+    prompt = inputs["input_ids"]
+    rows = []
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        assert torch.equal(ids[: prompt.shape[1]], prompt[row // 3])
+        rows.append(row)
+        return [7 + row]
+
+    with prune(model, make_pruner("cls_attention", num_tokens=8)):
+        ids = model.generate(
+            **inputs, max_new_tokens=1, do_sample=True, num_return_sequences=3, prefix_allowed_tokens_fn=allowed
+        )
+    assert rows == list(range(6))
+    assert new_tokens(ids, inputs).flatten().tolist() == [7, 8, 9, 10, 11, 12]

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.prompt import locate_images
 from dcp_prune.integrations.question import (
+    embed_words,
     last_turn,
     turn_marks,
     words_behind_all,
@@ -217,3 +218,14 @@ def test_what_cannot_be_read_is_refused(
 def test_the_tiny_processor_marks_turns() -> None:
     assert turn_marks(build_processor()) == ("USER:", "ASSISTANT:")
     assert IMAGE_ID == IMAGE
+
+
+def test_a_placeholder_beyond_the_last_embedding_is_never_looked_up():
+    class Model:
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return torch.nn.Embedding(10, 4)
+
+    ids = torch.tensor([[10, 3, 4], [10, 10, 5]])
+    asked = embed_words(Model(), ids, ids < 10, torch.device("cpu"))
+    assert asked["text_mask"] is not None
+    assert asked["text_mask"].tolist() == [[True, True], [True, False]]

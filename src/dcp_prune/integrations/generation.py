@@ -48,7 +48,14 @@ def for_short_prompt(
         call["stopping_criteria"] = StoppingCriteriaList([_Criterion(c, restore) for c in criteria])
     if call.get("prefix_allowed_tokens_fn") is not None:
         allowed, length = call["prefix_allowed_tokens_fn"], call["input_ids"].shape[1]
-        call["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(row, torch.cat((original[row], ids[length:])))
+        # `generate` counts beams of a prompt as one row, but each of its samples as a row.
+        beams = (_setting("num_beams", call, defaults) or 1) > 1
+        samples = 1 if beams else _setting("num_return_sequences", call, defaults) or 1
+
+        def allowed_behind_original(row: int, ids: Int[Tensor, " s"]) -> Any:
+            return allowed(row, torch.cat((original[row // samples], ids[length:])))
+
+        call["prefix_allowed_tokens_fn"] = allowed_behind_original
     return call
 
 

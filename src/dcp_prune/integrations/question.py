@@ -262,8 +262,10 @@ def embed_words(
     if longest == 0:
         return {"text": None, "text_mask": None}
     order = torch.argsort(words.int(), dim=1, stable=True, descending=True)[:, :longest]
-    text = model.get_input_embeddings()(ids.gather(1, order))
-    return {"text": text.to(device), "text_mask": words.gather(1, order).to(device)}
+    found = words.gather(1, order)
+    # What is no word may be a placeholder, whose id some models have beyond the last row of their embeddings.
+    text = model.get_input_embeddings()(ids.gather(1, order).masked_fill(~found, 0))
+    return {"text": text.to(device), "text_mask": found.to(device)}
 
 
 def special_ids(model: Any, processor: Any) -> Int[Tensor, " s"]:
