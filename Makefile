@@ -13,7 +13,7 @@ CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format bench sweeps report train-testbed
+.PHONY: help demo test test-newest test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format bench sweeps report train-natural train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -71,7 +71,11 @@ report: $(DEV) ## rebuild the tables and figures of README.md and docs/ from the
 	$(BIN)/dcp-prune list --pruners --json results/pruners.json
 	$(BIN)/python -m dcp_prune.report.pages README.md docs/results.md docs/performance.md docs/how-to/vllm.md
 
-train-testbed: $(RUNTIME) ## train the testbed model, going on from its last checkpoint (hours on a CPU)
+train-natural: $(DEV) ## make the testbed's `natural` from nothing: fetch its encoder, encode pictures, train; goes on where it was (hours)
+	test -d runs/tower || $(BIN)/python -m dcp_prune.testbed.pretrained
+	$(BIN)/python -m dcp_prune.testbed.train_natural --output runs/natural/model $(ARGS)
+
+train-testbed: $(RUNTIME) ## train the first world's models, going on from its last checkpoint (hours on a CPU)
 	$(BIN)/python -m dcp_prune.testbed.train $(ARGS)
 	$(BIN)/python -m dcp_prune.testbed.card
 

@@ -40,7 +40,8 @@ CHECKPOINT, DIFFICULTY = "weak", "crowded"
 
 def compare(evaluation: Evaluation, expected: Answers, engine: Engine, tokenizer: Any) -> dict[str, Any]:
     """One method's row: both accuracies, their paired difference, and every question that is answered otherwise."""
-    source = TestbedQuestions(range(evaluation.seeds[0], evaluation.seeds[-1] + 1), DIFFICULTY, len(evaluation.task))
+    seeds = range(evaluation.seeds[0], evaluation.seeds[-1] + 1)
+    source = TestbedQuestions(seeds, DIFFICULTY, len(evaluation.task), checkpoint=CHECKPOINT)
     asked, answers = answers_to(engine, source)
     words = np.array([answer.ids[0] for answer in answers])
     right = words == np.array([answer_id(tokenizer, question.truths[0]) for question in asked])
@@ -81,7 +82,9 @@ def main() -> int:
 
     model, processor = load(CHECKPOINT)
     methods = plan(["none", "dcp"], args.num_tokens)
-    evaluation = evaluate(model, processor, methods, HELD_OUT, args.questions, difficulty=DIFFICULTY)
+    evaluation = evaluate(
+        model, processor, methods, HELD_OUT, args.questions, difficulty=DIFFICULTY, checkpoint=CHECKPOINT
+    )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = as_on_the_hub(checkpoint_path(CHECKPOINT), Path(folder) / CHECKPOINT)

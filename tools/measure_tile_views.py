@@ -62,7 +62,15 @@ def main() -> None:
         for rope_theta in (text.rope_parameters["rope_theta"], ROPE_THETA):
             tiled = with_tiles(model, processor, rope_theta=rope_theta)
             measured = summarise(
-                evaluate(*tiled, VIEWS, HELD_OUT, arguments.limit, difficulty="crowded", grid=TILED_GRID)
+                evaluate(
+                    *tiled,
+                    VIEWS,
+                    HELD_OUT,
+                    arguments.limit,
+                    difficulty="crowded",
+                    grid=TILED_GRID,
+                    checkpoint=checkpoint,
+                )
             )
             questions = measured["questions"]
             results += [

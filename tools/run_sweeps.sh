@@ -30,6 +30,10 @@ sweep() { # folder checkpoint difficulty questions budgets pruner...
 }
 
 mkdir -p "$results"/{sweeps,distances,ablations,adaptive,tiles}
+for difficulty in crowded cluttered; do
+    extra=()
+    sweep sweeps natural $difficulty "$(fewer 1008)" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
+done
 for checkpoint in weak aligned; do
     extra=()
     sweep sweeps $checkpoint crowded "$limit" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"

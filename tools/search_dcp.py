@@ -66,7 +66,9 @@ def main() -> None:
         scores: list[float] = []
         for checkpoint, (model, processor) in models.items():
             seeds = TUNING[args.skip :]
-            done = evaluate(model, processor, methods, seeds, args.questions, difficulty="crowded")
+            done = evaluate(
+                model, processor, methods, seeds, args.questions, difficulty="crowded", checkpoint=checkpoint
+            )
             for answers in done.answers:
                 score = float(answers.correct.mean())
                 trial.set_user_attr(f"{checkpoint} {answers.method.name} {answers.method.num_tokens}", score)

@@ -12,6 +12,8 @@ from PIL import Image
 
 from dcp_prune import assistant as assistant_module
 from dcp_prune.cli import main
+from dcp_prune.eval.data import testbed as testbed_questions
+from dcp_prune.testbed import worlds
 from dcp_prune.testbed.model import make_model, make_processor
 from dcp_prune.testbed.world import make_scene
 
@@ -39,6 +41,9 @@ def dcp_prune(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(assistant_module, "load", lambda checkpoint: random_testbed)
+    # Whatever checkpoint is asked for, the model is of the first world.
+    for module in (worlds, testbed_questions, assistant_module):
+        monkeypatch.setattr(module, "world_of", lambda checkpoint: worlds.FIRST)
 
     def run(*arguments: object) -> Outcome:
         code = 0

@@ -196,7 +196,7 @@ def test_a_hub_model_is_judged_by_its_config_and_its_download_by_the_disk(
         (("--pruner", "cdpruner"), "pruner cdpruner", "CDPruner needs clip_similarity"),
         (("--pruner", "dcp(max_distance=0.4)"), "pruner dcp(max_distance=0.4)", "no range that it picks from"),
         (("--pruner", "mmtok(num_tokens=(4,8))"), "pruner mmtok(num_tokens=(4,8))", "which all pruners share"),
-        (("--pruner", "dcp(schedule=((4, 100),))"), "pruner dcp(schedule=((4, 100),))", "at 16 tokens: schedule"),
+        (("--pruner", "dcp(schedule=((10, 100),))"), "pruner dcp(schedule=((10, 100),))", "at 16 tokens: schedule"),
         (("--num-tokens", "600"), "budget", "600 prunes nothing: that is more than"),
         (("--num-tokens", "-1"), "budget", "-1 visual tokens cannot be kept"),
         (("--task", "count"), "task", "no task count"),
@@ -226,7 +226,7 @@ def test_a_budget_of_all_tokens_is_a_warning(checks: Run) -> None:
 
 
 def test_too_little_memory_for_all_processes_is_a_problem(checks: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate_module, "free_memory", lambda device: 2**24)
+    monkeypatch.setattr(validate_module, "free_memory", lambda device: 2**28)
     assert checks("--batch-size", "1", "--processes", "1")["memory"]["state"] == "ok"
     assert checks("--batch-size", "1", "--processes", "8")["memory"]["state"] == "problem"
 

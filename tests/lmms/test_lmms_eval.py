@@ -92,7 +92,7 @@ def our_answers(pruner: str, num_tokens: int) -> tuple[list[str], list[bool]]:
     """The words, and whether they are right, by the project's own evaluation of the same questions."""
     model, processor = load("weak")
     methods = plan([pruner], [num_tokens])
-    (answers,) = evaluate(model, processor, methods, SEEDS, 10_000, difficulty="crowded").answers
+    (answers,) = evaluate(model, processor, methods, SEEDS, 10_000, difficulty="crowded", checkpoint="weak").answers
     return [processor.tokenizer.decode(int(word)) for word in answers.words], answers.correct.tolist()
 
 

@@ -12,6 +12,7 @@ from dcp_prune.errors import InvalidInputError
 from dcp_prune.testbed import features as cache
 from dcp_prune.testbed import train_natural
 from dcp_prune.testbed.features import Features, encode_all, training_scene
+from dcp_prune.testbed.natural_card import describe
 from dcp_prune.testbed.train_natural import RECIPE, Muon, export, pack_questions, train_stage
 
 STAGES = {stage.name: stage for stage in RECIPE}
@@ -64,7 +65,8 @@ def test_every_stage_learns_what_it_trains_and_nothing_else_and_ends_in_a_llava(
             "projector": {"projector"},
         }.get(stage.name, {"language", "head", "ground_head", "projector"})
         before = after
-    export(tower, tmp_path / "full.pt", tmp_path / "model")
+    encoder = Dinov2Model.from_pretrained(tower, dtype=torch.float32).eval()
+    export(encoder, tmp_path / "full.pt", tmp_path / "model")
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     scene = training_scene(3)
@@ -77,6 +79,8 @@ def test_every_stage_learns_what_it_trains_and_nothing_else_and_ends_in_a_llava(
         told = bundle.project(Features(features)([3]))[0]
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 576
     torch.testing.assert_close(seen.float(), told, atol=0.15, rtol=0.05)  # bfloat16
+    describe(encoder, tmp_path, tmp_path / "model", seed=0, pictures=2)
+    assert "| counting |" in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.slow

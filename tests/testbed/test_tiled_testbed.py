@@ -91,7 +91,7 @@ def test_the_language_model_reads_all_tiles_and_is_lost_among_them_with_the_posi
 ) -> None:
     def right(model: Any, processor: Any) -> int:
         (answers,) = evaluate(
-            model, processor, plan(["none"], [1]), TUNING, 14, difficulty="crowded", grid=TILED_GRID
+            model, processor, plan(["none"], [1]), TUNING, 14, difficulty="crowded", grid=TILED_GRID, checkpoint="weak"
         ).answers
         assert answers.num_tokens == 2880
         return int(answers.correct.sum())

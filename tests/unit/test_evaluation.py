@@ -36,7 +36,7 @@ METHODS = (*plan(["none", "dcp_progressive", "cls_attention"], [16]), *plan(["no
 
 @pytest.fixture(scope="module")
 def evaluation(assistant: Assistant) -> Evaluation:
-    return evaluate(assistant.model, assistant.processor, METHODS, HELD_OUT, 17, images_at_once=2)
+    return evaluate(assistant.model, assistant.processor, METHODS, HELD_OUT, 17, images_at_once=2, checkpoint="weak")
 
 
 @pytest.mark.parametrize("place", range(len(METHODS)), ids=lambda place: f"{METHODS[place].name}")
@@ -95,7 +95,9 @@ def test_a_method_whose_budget_varies_reports_the_mean_of_what_it_kept(
 
 
 def test_batch_size_changes_no_answer(assistant: Assistant, evaluation: Evaluation) -> None:
-    one = evaluate(assistant.model, assistant.processor, METHODS[1:2], HELD_OUT, 17, images_at_once=1)
+    one = evaluate(
+        assistant.model, assistant.processor, METHODS[1:2], HELD_OUT, 17, images_at_once=1, checkpoint="weak"
+    )
     assert one.answers[0].words.tolist() == evaluation.answers[1].words.tolist()
 
 
@@ -111,7 +113,7 @@ def test_methods_that_need_the_same_encoder_pass_share_it(
 
     monkeypatch.setattr(runner_module, "encode_images", counted)
     methods = plan(["none", "random", "uniform", "cls_attention"], [16, 8])
-    evaluate(assistant.model, assistant.processor, methods, HELD_OUT, 28, images_at_once=2)
+    evaluate(assistant.model, assistant.processor, methods, HELD_OUT, 28, images_at_once=2, checkpoint="weak")
     assert [count for images, count in passes if images == 2] == [6]
 
 
@@ -124,6 +126,7 @@ def test_progress_is_told_up_to_the_end(assistant: Assistant) -> None:
         HELD_OUT,
         30,
         images_at_once=1,
+        checkpoint="weak",
         progress=lambda done, total: told.append((done, total)),
     )
     assert told == [(0, 30), (14, 30), (28, 30), (30, 30)]
@@ -175,7 +178,7 @@ def test_words_that_the_model_lacks_are_refused(assistant: Assistant, monkeypatc
     )
     monkeypatch.setattr(testbed_module.TestbedQuestions, "scene", lambda self, number: strange)
     with pytest.raises(InvalidInputError, match="zebra"):
-        evaluate(assistant.model, assistant.processor, METHODS[:1], HELD_OUT, 1)
+        evaluate(assistant.model, assistant.processor, METHODS[:1], HELD_OUT, 1, checkpoint="weak")
 
 
 def _answers(name: str, tokens: int, correct: list[int]) -> Answers:

@@ -60,7 +60,7 @@ def test_logprobs_equal_those_of_transformers_with_the_same_pruner(
 
 
 def test_held_out_questions_are_answered_as_in_transformers(engine: Engine, reference: Reference) -> None:
-    source = TestbedQuestions(HELD_OUT, "crowded", limit=20)
+    source = TestbedQuestions(HELD_OUT, "crowded", limit=20, checkpoint="weak")
     _, answers = answers_to(engine, source)
     expected = evaluate(
         reference.model, reference.processor, plan(["dcp"], [K]), HELD_OUT, source.questions, difficulty="crowded"

@@ -45,6 +45,10 @@ def list_(
 
     known = [
         {
+            "name": "testbed-natural",
+            "summary": "comes with this program; a pretrained encoder looks at photographs with things on them",
+        },
+        {
             "name": "testbed-weak",
             "summary": "comes with this program; words and patches hardly look alike, as in real models",
         },

@@ -95,7 +95,7 @@ Json = Annotated[
     Path | None, Parameter(help="Write the result as JSON: to this file, or to the screen if no file is named.")
 ]
 Model = Annotated[
-    str, Parameter(help="testbed-weak, testbed-aligned, the folder of a LLaVA-1.5 model, or its hub name.")
+    str, Parameter(help="testbed (natural), testbed-weak, the folder of a LLaVA-1.5 model, or its hub name.")
 ]
 Tiles = Annotated[
     bool,

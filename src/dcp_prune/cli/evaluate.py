@@ -47,14 +47,14 @@ def eval_(
     seed_range: Annotated[
         str | None, Parameter(help="Scenes from seed A up to B, B excluded, as A:B; if not said: all held-out seeds.")
     ] = None,
-    limit: Annotated[int, Whole, Parameter(help="How many questions; each image has 14.")] = 1000,
+    limit: Annotated[int, Whole, Parameter(help="How many questions; each image has 14 or 18.")] = 1000,
     difficulty: Annotated[
         Literal["standard", "crowded", "cluttered"],
         Parameter(help="how full an image is; cluttered is of the natural world."),
     ] = "standard",
     checkpoint: Annotated[
-        str, Parameter(help="weak, aligned, or the folder of a model trained on the testbed.")
-    ] = "weak",
+        str, Parameter(help="natural, weak, aligned, or the folder of a model trained on it.")
+    ] = "natural",
     tiles: Tiles = False,
     json: Json = None,
 ) -> None:

@@ -48,7 +48,7 @@ def sweep(
         ),
     ] = None,
     model: Annotated[
-        str | None, Parameter(help="Who answers them: testbed-weak, the folder of a LLaVA-1.5 model, or its hub name.")
+        str | None, Parameter(help="Who answers them: testbed, the folder of a LLaVA-1.5 model, or its hub name.")
     ] = None,
     max_new_tokens: Annotated[int, Whole, Parameter(help="With --questions: where an answer is cut off.")] = 16,
     batch_size: Annotated[int, Whole, Parameter(help="With --questions: how many are answered at once.")] = 8,
@@ -59,8 +59,8 @@ def sweep(
         list[str] | None, Parameter(negative="", help="Only questions of this task; several times.")
     ] = None,
     checkpoint: Annotated[
-        str, Parameter(help="Testbed: weak, aligned, or the folder of a model trained on it.")
-    ] = "weak",
+        str, Parameter(help="Testbed: natural, weak, aligned, or the folder of a model trained on it.")
+    ] = "natural",
     difficulty: Annotated[
         Literal["standard", "crowded", "cluttered"],
         Parameter(help="Testbed: how full an image is; cluttered is of the natural world."),

@@ -39,12 +39,10 @@ def validate(
         Budgets,
         Parameter(help="As for sweep: visual tokens to keep, with commas between them; if not said: 16."),
     ] = None,
-    model: Annotated[
-        str | None, Parameter(help="testbed-weak, testbed-aligned, a model's folder, or its hub name.")
-    ] = None,
+    model: Annotated[str | None, Parameter(help="testbed, a model's folder, or its hub name.")] = None,
     checkpoint: Annotated[
-        str, Parameter(help="Instead of a model, as for sweep: weak, aligned, or a folder.")
-    ] = "weak",
+        str, Parameter(help="Instead of a model, as for sweep: natural, weak, aligned, or a folder.")
+    ] = "natural",
     task: Annotated[list[str] | None, Parameter(negative="", help="Testbed: as for sweep; several times.")] = None,
     tasks: Annotated[
         str | None, Parameter(help="Benchmarks of lmms-eval with commas between them, such as gqa,mme,pope.")
@@ -72,7 +70,7 @@ def validate(
     Looks for the model and whether its files are complete, its adapter, the signals that each pruner needs, budgets,
     tasks, disk and memory. No weights are loaded. Leaves with exit code 1 if there is a problem.
     """
-    from dcp_prune.testbed.load import CHECKPOINTS, checkpoint_path
+    from dcp_prune.testbed.load import CHECKPOINTS, DEFAULT_CHECKPOINT, checkpoint_path
     from dcp_prune.testbed.worlds import world_of
 
     for option, value in (
@@ -93,7 +91,7 @@ def validate(
     if seed_range is not None:
         split_name(seed_range_of(seed_range))
     name = model or (f"testbed-{checkpoint}" if checkpoint in CHECKPOINTS else checkpoint)
-    shipped = {"testbed": "weak", **{f"testbed-{each}": each for each in CHECKPOINTS}}
+    shipped = {"testbed": DEFAULT_CHECKPOINT, **{f"testbed-{each}": each for each in CHECKPOINTS}}
     benchmarks = tuple(each.strip() for each in (tasks or "").split(",") if each.strip())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -16,7 +16,7 @@ from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 
 @app.command
 def vllm_args(
-    model: Annotated[str, Parameter(help="The folder of a model or its hub name; testbed-weak or testbed-aligned.")],
+    model: Annotated[str, Parameter(help="The folder of a model or its hub name; or testbed-weak.")],
     *,
     pruner: Annotated[
         str, Parameter(help="Which pruner selects the tokens, with options if need be: dcp(text_weight=0.5).")
@@ -51,7 +51,7 @@ def vllm_args(
     """
     from dcp_prune.assistant import TESTBED_MODELS
     from dcp_prune.eval.specs import QUESTION, parse_spec
-    from dcp_prune.integrations.vllm import ARCHITECTURES, pruned_architecture
+    from dcp_prune.integrations.vllm import ARCHITECTURES, check_tower, pruned_architecture
     from dcp_prune.integrations.vllm.settings import Settings
     from dcp_prune.testbed.load import checkpoint_path
 
@@ -73,12 +73,21 @@ def vllm_args(
         raise UnsupportedModelError(
             f"{model} is a {found}, which cannot be pruned in vLLM so far; there are {', '.join(sorted(ARCHITECTURES))}"
         )
+    check_tower(_config_of(name).get("vision_config", {}).get("model_type", ""))
     overrides = {"architectures": [pruned], "dcp_prune": settings.as_overrides()}
     words = ["vllm", "serve", name, "--hf-overrides", json.dumps(overrides)]
     if request_budgets:
         words.append("--trust-request-mm-kwargs")
     directory = "PROMETHEUS_MULTIPROC_DIR=$(mktemp -d) " if metrics else ""
     sys.stdout.write(f"{directory}{shlex.join(words)}\n")
+
+
+def _config_of(model: str) -> dict[str, Any]:
+    """The config in a folder; empty where there is none."""
+    try:
+        return json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _architecture_of(model: str) -> str:

@@ -179,7 +179,7 @@ def _find_model(name: str, source: str) -> _Found:
                     "model",
                     "problem",
                     f"there is no model at {name}",
-                    "give a model's folder, a hub name like org/name, or testbed-weak",
+                    "give a model's folder, a hub name like org/name, or testbed",
                 ),
             )
         )

@@ -21,7 +21,7 @@ from dcp_prune.testbed.natural import GRID, LEVELS, NaturalScene, make_scene
 
 SHARD = 50
 """Pictures per file, 22 MB in float16."""
-COUNT = 6400
+COUNT = 4000
 """Pictures that the recipe looks at."""
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECKPOINTS", "DEFAULT_CHECKPOINT", "checkpoint_path", "load", "prompt"]
 
-CHECKPOINTS = ("weak", "aligned")
-"""`weak`: words and patches hardly look alike, as in real VLMs. `aligned`: the words were built in."""
-DEFAULT_CHECKPOINT = "weak"
+CHECKPOINTS = ("natural", "weak", "aligned")
+"""`natural`: a pretrained vision encoder looks at photographs with things on them. `weak` and `aligned`: small and
+fast, trained from nothing on sprites; words and patches hardly look alike, or the words were built in."""
+DEFAULT_CHECKPOINT = "natural"
 
 WEIGHTS = Path(__file__).parent / "weights"
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcp_prune.testbed.features import FEATURE_SCALE, Features, encode_all, training_scene
+from dcp_prune.testbed.features import COUNT, FEATURE_SCALE, Features, encode_all, training_scene
 from dcp_prune.testbed.language import ASSISTANT, BOS, EOS, USER, natural_vocabulary
 from dcp_prune.testbed.load import load
 from dcp_prune.testbed.model import sincos_positions
@@ -66,8 +66,8 @@ class Stage:
 RECIPE = (
     Stage("language", 600, 12, 0.003, 100_000_000, 128),
     Stage("projector", 200, 8, 0.01, 0),
-    Stage("joint", 500, 8, 0.002, 0, 256),
-    Stage("full", 300, 8, 0.001, 4000),
+    Stage("joint", 1500, 8, 0.002, 0, 256),
+    Stage("full", 750, 8, 0.001, 0),
 )
 NAMES = [stage.name for stage in RECIPE]
 
@@ -318,8 +318,8 @@ def ground_loss(bundle: Bundle, hidden: Tensor, questions: PackedQuestions) -> T
     loss = loss + F.cross_entropy(color, truth[:, 1], ignore_index=-1)
     loss = loss + F.cross_entropy(count, truth[:, 2], ignore_index=-1)
     once, paired = ~g[:, 5].isnan(), ~g[:, 8].isnan()
-    loss = loss + 20 * F.mse_loss(place[once], g[once, 5:7]) + 2 * F.mse_loss(size[once], g[once, 7:8])
-    loss = loss + 20 * F.mse_loss(step[paired, :2], g[paired, 8:10]) + 2 * F.mse_loss(step[paired, 2], g[paired, 10])
+    loss = loss + 20 * F.mse_loss(place[once], g[once, 5:7]) + 20 * F.mse_loss(size[once], g[once, 7:8])
+    loss = loss + 20 * F.mse_loss(step[paired, :2], g[paired, 8:10]) + 20 * F.mse_loss(step[paired, 2], g[paired, 10])
     words = bundle.ground_head(hidden[questions.said[:, 0], questions.said[:, 1]])[:, -len(WORDS) :]
     return loss + F.cross_entropy(words, questions.said[:, 2])
 
@@ -329,8 +329,8 @@ def losses_of(stage: Stage, bundle: Bundle, step: int, features: Features, seed:
     rng = np.random.default_rng((NAMES.index(stage.name), step, seed))
     numbers = [stage.first_picture + step * stage.batch + i for i in range(stage.batch)]
     if stage.name != "language":  # the same pictures in another order
-        whole = np.random.default_rng(seed).permutation(stage.steps * stage.batch)
-        numbers = [stage.first_picture + int(whole[step * stage.batch + i]) for i in range(stage.batch)]
+        whole = np.random.default_rng((NAMES.index(stage.name), seed)).permutation(stage.steps * stage.batch)
+        numbers = [stage.first_picture + int(at) % COUNT for at in whole[step * stage.batch : (step + 1) * stage.batch]]
     else:
         numbers = [number + seed * 10_000_000 for number in numbers]
     scenes = [training_scene(number) for number in numbers]
@@ -465,15 +465,12 @@ def train_stage(stage: Stage, directory: Path, features: Features, seed: int = 0
             file.with_suffix(".tmp").replace(file)
 
 
-def export(tower_folder: Path, checkpoint: Path, output: Path) -> None:
+def export(tower: Any, checkpoint: Path, output: Path) -> None:
     """Writes tower, projector and language model as one ordinary LLaVA folder."""
-    from transformers import Dinov2Model
-
-    tower = Dinov2Model.from_pretrained(tower_folder, dtype=torch.float32)
-    state = torch.load(checkpoint, weights_only=True)["model"]
-    parts = {k: v for k, v in state.items() if k.startswith(("projector.", "language.", "head."))}
+    bundle = Bundle(0)
+    bundle.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
     output.mkdir(parents=True, exist_ok=True)
-    save(assemble(tower, FEATURE_SCALE, parts), output)
+    save(assemble(tower, FEATURE_SCALE, bundle.parts()), output)
 
 
 def main() -> None:
@@ -483,6 +480,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     parser.add_argument("--until", choices=NAMES, default=NAMES[-1], help="the last stage to run")
     parser.add_argument("--output", type=Path, default=None, help="where the finished model goes")
+    parser.add_argument("--scenes", type=int, default=300, help="held-out pictures of each difficulty to measure it on")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     if args.threads:
@@ -494,7 +492,13 @@ def main() -> None:
             encode_all(args.tower, args.runs / "features")
         train_stage(stage, directory, Features(args.runs / "features"), args.seed)
     if args.output:
-        export(args.tower, directory / f"{args.until}.pt", args.output)
+        from transformers import Dinov2Model
+
+        from dcp_prune.testbed.natural_card import describe
+
+        tower = Dinov2Model.from_pretrained(args.tower, dtype=torch.float32).eval()
+        export(tower, directory / f"{NAMES[-1]}.pt", args.output)
+        describe(tower, directory, args.output, args.seed, args.scenes)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ they are. No vLLM is imported before it calls `register`.
 
 from __future__ import annotations
 
+from dcp_prune.errors import UnsupportedModelError
+
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "dcp_prune.integrations.vllm.llava:DcpLlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration": (
@@ -29,6 +31,22 @@ def pruned_architecture(architecture: str) -> str | None:
     """What `hf_overrides` has to name instead of a checkpoint's architecture; None if it cannot be pruned here."""
     target = ARCHITECTURES.get(architecture)
     return None if target is None else target.partition(":")[2]
+
+
+def check_tower(tower: str) -> None:
+    """Refuses vision towers that vLLM's LLaVA does not have.
+
+    Args:
+        tower: `model_type` of the config's `vision_config`.
+
+    Raises:
+        UnsupportedModelError: DINOv2.
+    """
+    if tower.startswith("dinov2"):
+        raise UnsupportedModelError(
+            f"the vision tower of this model is a {tower}, which vLLM's LLaVA does not have (it has CLIP, SigLIP and "
+            "Pixtral); serve it with: dcp-prune serve"
+        )
 
 
 def register() -> None:

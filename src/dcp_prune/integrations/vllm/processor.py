@@ -18,6 +18,7 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
+from dcp_prune.integrations.vllm import check_tower
 from dcp_prune.integrations.vllm.metrics import Metrics
 from dcp_prune.integrations.vllm.request import FIELD, ImageRequest, to_inputs
 from dcp_prune.integrations.vllm.settings import Settings
@@ -75,6 +76,7 @@ class PrunedProcessingInfo:
 
     def __init__(self, ctx: Any) -> None:
         super().__init__(ctx)  # type: ignore[call-arg]
+        check_tower(ctx.get_hf_config().vision_config.model_type)
         try:
             _ = self.settings  # refused when the server starts, not with the first image
         except InvalidInputError as error:
