@@ -32,7 +32,7 @@ sweep() { # folder checkpoint difficulty questions budgets pruner...
 mkdir -p "$results"/{sweeps,distances,ablations,adaptive,tiles}
 for difficulty in crowded cluttered; do
     extra=()
-    sweep sweeps natural $difficulty "$(fewer 1008)" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
+    sweep sweeps natural $difficulty "$(fewer $([ $difficulty = crowded ] && echo 1008 || echo 504))" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
 done
 for checkpoint in weak aligned; do
     extra=()
