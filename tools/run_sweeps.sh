@@ -30,10 +30,9 @@ sweep() { # folder checkpoint difficulty questions budgets pruner...
 }
 
 mkdir -p "$results"/{sweeps,distances,ablations,adaptive,tiles}
-for difficulty in crowded cluttered; do
-    extra=()
-    sweep sweeps natural $difficulty "$(fewer $([ $difficulty = crowded ] && echo 1008 || echo 504))" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
-done
+extra=()
+sweep sweeps natural crowded "$(fewer 1008)" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
+sweep sweeps natural cluttered "$(fewer 504)" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
 for checkpoint in weak aligned; do
     extra=()
     sweep sweeps $checkpoint crowded "$limit" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
