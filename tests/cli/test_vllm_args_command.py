@@ -71,3 +71,10 @@ def test_what_vllm_would_refuse_is_refused_here(
     assert outcome.code == 2
     assert outcome.out == ""
     assert sentence in outcome.err
+
+
+def test_a_vision_tower_that_vllm_does_not_have_is_refused_with_the_way_out(dcp_prune: Run) -> None:
+    outcome = dcp_prune("vllm-args", "testbed-natural")
+    assert outcome.code != 0
+    assert "is a dinov2, which vLLM's LLaVA does not have" in outcome.err
+    assert "dcp-prune serve" in outcome.err

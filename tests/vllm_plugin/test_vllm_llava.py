@@ -62,8 +62,15 @@ def test_logprobs_equal_those_of_transformers_with_the_same_pruner(
 def test_held_out_questions_are_answered_as_in_transformers(engine: Engine, reference: Reference) -> None:
     source = TestbedQuestions(HELD_OUT, "crowded", limit=20, checkpoint="weak")
     _, answers = answers_to(engine, source)
+    methods = plan(["dcp"], [K])
     expected = evaluate(
-        reference.model, reference.processor, plan(["dcp"], [K]), HELD_OUT, source.questions, difficulty="crowded"
+        reference.model,
+        reference.processor,
+        methods,
+        HELD_OUT,
+        source.questions,
+        difficulty="crowded",
+        checkpoint="weak",
     )
     assert [answer.ids[0] for answer in answers] == expected.answers[0].words.tolist()
     assert engine.encoded_images == source.images
