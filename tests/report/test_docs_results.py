@@ -34,7 +34,8 @@ def test_the_matrix_of_models_is_that_of_the_adapters(tmp_path: Path):
     command = [sys.executable, "-m", "dcp_prune.cli", "list", "--models", "--json", str(listed)]
     subprocess.run(command, check=True, capture_output=True)
     assert listed.read_text() == (PROJECT / "results" / "models.json").read_text(), "run `make report`"
-    assert draw_table("models", "results/models.json", PROJECT) in (PROJECT / "README.md").read_text()
+    docs = PROJECT / "docs"
+    assert draw_table("models", "../results/models.json", docs) in (docs / "models.md").read_text()
 
 
 @pytest.mark.slow

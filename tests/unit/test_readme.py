@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ from dcp_prune.report.pages import main
 
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text()
-PAGES = ("performance.md", "how-to/vllm.md")
+PAGES = ("models.md", "claims.md", "performance.md", "how-to/vllm.md")
 """Those with tables from result files."""
+CATALOGUE = PROJECT / "docs" / "methods" / "README.md"
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 
 
@@ -50,13 +53,19 @@ def test_the_pruners_are_listed_as_their_files_describe_them(tmp_path):
     assert all(row["summary"] and (PROJECT / row["source"]).is_file() for row in rows.values())
 
 
+def test_the_options_on_the_pruners_pages_are_those_of_the_code():
+    command = [sys.executable, str(PROJECT / "tools" / "pruner_pages.py"), "--check"]
+    checked = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
 @pytest.mark.parametrize("name", list_pruners())
 def test_every_pruner_has_a_page_and_a_row(name):
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` | ") and "[source]" in line]
-    assert f"[source](src/{get_pruner(name).__module__.replace('.', '/')}.py)" in row
-    page = re.search(r"\[how\]\((.*?)\)", row)
+    (row,) = [line for line in CATALOGUE.read_text().splitlines() if line.startswith(f"| [`{name}`](")]
+    assert f"[code](../../src/{get_pruner(name).__module__.replace('.', '/')}.py)" in row
+    page = re.search(r"\]\((.*?)\)", row)
     assert page is not None
-    assert f"`{name}`" in (PROJECT / page[1]).read_text()
+    assert f"**`{name}`**: `from " in (CATALOGUE.parent / page[1]).read_text()
 
 
 def test_the_architecture_page_names_every_module_but_the_methods():
