@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from dcp_prune import VisualTokens
 from dcp_prune.functional.similarity import cosine_similarity
-from dcp_prune.integrations.shortening import encode
+from dcp_prune.integrations.transformers.images import encode
 from dcp_prune.models.llava import LlavaAdapter
 from dcp_prune.pruners.cdpruner import CDPruner
 from dcp_prune.pruners.divprune import DivPrunePruner

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.integrations.prompt import (
+from dcp_prune.integrations.transformers.prompt import (
     compact_positions,
     locate_images,
     surviving_columns,

@@ -254,7 +254,8 @@ def test_a_signal_that_the_model_never_gives_is_refused_before_encoding_and_can_
     assert short.features is not None
     assert short.features.shape[1] == 8
     monkeypatch.setattr(
-        "dcp_prune.integrations.shortening.encode", lambda *a: pytest.fail("the images were encoded for nothing")
+        "dcp_prune.integrations.transformers.images.encode",
+        lambda *a: pytest.fail("the images were encoded for nothing"),
     )
     with pytest.raises(MissingSignalError, match="LlavaForConditionalGeneration does not give"):
         prune_inputs(pristine_model, inputs, pruner)

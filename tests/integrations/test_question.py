@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.integrations.prompt import locate_images
-from dcp_prune.integrations.question import (
+from dcp_prune.integrations.transformers import prune, prune_inputs
+from dcp_prune.integrations.transformers.prompt import locate_images
+from dcp_prune.integrations.transformers.question import (
     embed_words,
     last_turn,
     turn_marks,
     words_behind_all,
     words_behind_each,
 )
-from dcp_prune.integrations.transformers import prune, prune_inputs
 from dcp_prune.registry import make_pruner
 from tiny_llava import IMAGE_ID, build_processor
 

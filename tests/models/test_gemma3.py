@@ -65,7 +65,7 @@ def test_a_chat_with_a_picture_is_answered_with_few_of_its_tokens(family: Gemma3
 
 
 def test_the_question_begins_behind_the_mark_that_ends_an_image(family: Gemma3) -> None:
-    from dcp_prune.integrations.question import special_ids
+    from dcp_prune.integrations.transformers.question import special_ids
 
     config = family.model.config
     assert {config.boi_token_id, config.eoi_token_id} <= set(special_ids(family.model, None).tolist())

@@ -1,148 +1,27 @@
-"""Hugging Face transformers: `prune_inputs` makes a prompt with fewer visual tokens, `prune` does so on every call.
-
-The whole text side is shortened before the model sees it, so that caches, masks, positions, beams and stopping inside
-`generate` deal with one consistent short prompt; the caller gets back the ids that were passed in.
-"""
+"""`prune`: a pruner attached to a model, in every call until it is removed."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from dcp_prune.budget import DEFAULT_NUM_TOKENS
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
-from dcp_prune.integrations.generation import for_short_prompt
-from dcp_prune.integrations.question import FindWords, Question, Text, TextScope, embed_question
-from dcp_prune.integrations.shortening import (
-    CachedPrompt,
-    PruneRecord,
-    ShortInputs,
-    encode,
-    encoder_stages,
-    image_features_as_inputs,
-    shorten,
-    unpruned_features,
-)
-from dcp_prune.models import EncodedImages, base_model, get_adapter, supported_architectures
+from dcp_prune.integrations.transformers.cache import CachedPrompt
+from dcp_prune.integrations.transformers.generation import for_short_prompt
+from dcp_prune.integrations.transformers.inputs import ShortInputs, shorten
+from dcp_prune.integrations.transformers.question import FindWords, Question, Text, TextScope
+from dcp_prune.integrations.transformers.record import PruneRecord, warn_if_nothing_was_pruned
+from dcp_prune.models import base_model, get_adapter
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import make_pruner
-
-__all__ = [
-    "EncodedImages",
-    "PruneHandle",
-    "PruneRecord",
-    "ShortInputs",
-    "TextScope",
-    "embed_question",
-    "encode_images",
-    "encode_videos",
-    "encoder_stages",
-    "get_handle",
-    "image_features_as_inputs",
-    "prune",
-    "prune_inputs",
-    "supported_architectures",
-    "unpruned_features",
-]
-
-
-def encode_images(
-    model: PreTrainedModel, pixel_values: Float[Tensor, "i *tiles c y x"], *pruners: Pruner, **details: Any
-) -> EncodedImages:
-    """Runs the vision encoder once, for any number of questions and for all these pruners.
-
-    Hand the result to `prune_inputs(..., encoded=...)`; `EncodedImages.select` repeats or reorders images.
-
-    Args:
-        model: a model with an adapter.
-        pixel_values: preprocessed images.
-        pruners: their in-encoder stages are applied, and all signals that any of them uses are captured.
-        details: what else the processor makes of images, such as `image_sizes`, where the model cuts them into tiles.
-
-    Raises:
-        InvalidInputError: a detail is missing, or the pruners want different in-encoder stages, so they cannot share an
-            encoder pass.
-        UnsupportedModelError: see `get_adapter`.
-    """
-    adapter = get_adapter(model)
-    return encode(adapter, {**details, adapter.image_inputs[0]: pixel_values}, pruners)
-
-
-def encode_videos(model: PreTrainedModel, pixel_values_videos: Any, *pruners: Pruner, **details: Any) -> EncodedImages:
-    """`encode_images` for videos: one row per video, frames are tiles.
-
-    Args:
-        model: a model whose videos have an adapter.
-        pixel_values_videos: preprocessed videos, in the form that the model's processor gives them.
-        pruners, details: as for `encode_images`.
-
-    Raises:
-        InvalidInputError: see `encode_images`; a video without frames.
-        UnsupportedModelError: see `get_adapter`; the videos of this model cannot be pruned.
-    """
-    adapter = get_adapter(model).video
-    if adapter is None:
-        raise UnsupportedModelError(
-            f"videos of {type(model).__name__} cannot be pruned; `dcp-prune list --models` says which can"
-        )
-    return encode(adapter, {**details, adapter.image_inputs[0]: pixel_values_videos}, pruners)
-
-
-def prune_inputs(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    pruner: Pruner,
-    *,
-    processor: Any = None,
-    text: Text | None = None,
-    text_scope: TextScope | FindWords = "after_image",
-    encoded: EncodedImages | None = None,
-    keep_markers: bool = False,
-) -> ShortInputs:
-    """Inputs in, shorter inputs out; the model is left alone.
-
-        short = prune_inputs(model, inputs, pruner)
-        ids = short.restore(model.generate(**short.inputs))
-
-    Prompts without images, and budgets that are no smaller than the image, come back unchanged. Gradients are kept
-    in training mode or when there are labels, if they are enabled at all.
-
-    Args:
-        model: a model with an adapter.
-        inputs: what the model's processor made: `input_ids`, `pixel_values`, `attention_mask`, ...; tensors of the
-            shape of `input_ids` (labels, token types) are shortened along.
-        pruner: which tokens to keep, and how many.
-        processor: the model's processor; its tokenizer knows more special tokens than the model's config.
-        text: what text-aware pruners read instead of the prompt: one question for all, one per prompt, or a list with
-            one for each image of a prompt; needs `processor`.
-        text_scope: which words of the prompt ask about an image: those behind the prompt's last image (`after_image`),
-            those up to the next image (`own`), the last turn of the user (`last_turn`, needs `processor`), `all`, or
-            a function of `input_ids` and their mask that says which are read, `b l` -> `b l`.
-        encoded: images from `encode_images`, one per image of the prompt, or videos from `encode_videos`; their pixels
-            are then not needed. If its tokens carry a `text`, text-aware pruners read that.
-        keep_markers: keep what marks rows and tiles of an image in the prompt, such as Pixtral's `[IMG_BREAK]`; it goes
-            with the tokens that it marks otherwise.
-
-    Raises:
-        InvalidInputError: images and placeholders do not match, NaN or inf features, inputs that cannot be shortened.
-        UnsupportedModelError: see `get_adapter`.
-        MissingSignalError: the pruner requires a signal that the model does not give.
-    """
-    train = model.training or inputs.get("labels") is not None
-    with torch.set_grad_enabled(torch.is_grad_enabled() and train):
-        question = Question(text_scope, text, processor)
-        short = shorten(model, inputs, pruner, question=question, encoded=encoded, keep_markers=keep_markers)
-    _warn_if_idle(short.record)
-    return short
 
 
 def prune(
@@ -302,7 +181,7 @@ class PruneHandle:
             call["input_ids"] = call.pop("inputs")
         with torch.no_grad():
             short = self._shorten(call, whole_prompt=True)
-        _warn_if_idle(short.record)
+        warn_if_nothing_was_pruned(short.record)
         if short.columns is None:
             return original(**call)
         output = original(
@@ -326,7 +205,7 @@ class PruneHandle:
     @torch.compiler.disable  # a compiled model begins behind it: what is chosen depends on data
     def _shorten_call(self, model: Any, call: Mapping[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         short = self._shorten(call, whole_prompt=False)
-        _warn_if_idle(short.record)
+        warn_if_nothing_was_pruned(short.record)
         if short.columns is None:
             return None
         inputs = short.inputs
@@ -388,17 +267,6 @@ def _check_generate(cls: type) -> None:
         raise UnsupportedModelError(
             f"{owner.__name__} overrides generate, and what it does with a shorter prompt is unknown; load the class "
             "of transformers without trust_remote_code, or call prune_inputs and hand its inputs on yourself"
-        )
-
-
-def _warn_if_idle(record: PruneRecord | None) -> None:
-    if record is None or record.tokens_after < min(map(len, record.layouts)):
-        return
-    if all(kept >= length for length, kept in record.tokens_per_image):
-        warnings.warn(
-            f"nothing was pruned: {record.pruner} keeps all {record.tokens_before} visual tokens of an image; "
-            "lower its budget",
-            stacklevel=3,
         )
 
 
