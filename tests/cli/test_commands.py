@@ -105,6 +105,18 @@ def test_json_on_the_screen_is_all_there_is_on_the_screen(dcp_prune: Run, pictur
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_a_pruner_that_cannot_do_without_the_question_finds_it_in_the_prompt(dcp_prune: Run, picture: Path) -> None:
+    outcome = dcp_prune("run", "--image", picture, "--question", QUESTION, "--pruner", "mmtok", "--json", "run.json")
+    assert outcome.code == 0, outcome.err
+    other = dcp_prune(
+        "run", "--image", picture, "--question", "how many dogs ?", "--pruner", "mmtok", "--json", "2.json"
+    )
+    assert other.code == 0
+    kept = [json.loads(Path(name).read_text())["indices"] for name in ("run.json", "2.json")]
+    assert len(kept[0]) == 16
+    assert kept[0] != kept[1]
+
+
 def test_run_without_a_pruner_reads_all_tokens(dcp_prune: Run, picture: Path) -> None:
     outcome = dcp_prune("run", "--image", picture, "--question", QUESTION, "--pruner", "none", "--json")
     result = json.loads(outcome.out)

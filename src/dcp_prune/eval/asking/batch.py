@@ -88,12 +88,17 @@ class Batch:
         return dict(self._inputs[with_image])
 
     def text(self, method: Method) -> tuple[Tensor | None, Tensor | None]:
-        """The words that this method's pruner reads, `q t d`, and which are words, `q t`; None for no text at all."""
+        """The words that this method's pruner reads, `q t d`, and which are words, `q t`; None for no text, or where
+        the questions are only given as prompts, in which the pruner finds them."""
         found = self._text(method.text)
-        if found[0] is None and method.pruner is not None and Signal.TEXT in method.pruner.requires:
-            # Who cannot do without a text gets one without words.
-            embeddings = self._text(QUESTION)[0]
-            assert embeddings is not None
+        embeddings = self._text(QUESTION)[0]
+        if (
+            found[0] is None
+            and embeddings is not None
+            and method.pruner is not None
+            and Signal.TEXT in method.pruner.requires
+        ):
+            # A pruner that cannot do without a text gets one without words.
             return torch.zeros_like(embeddings[:, :1]), torch.zeros_like(embeddings[:, :1, 0], dtype=torch.bool)
         return found
 
