@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,15 @@ def test_every_public_name_is_described_in_its_docstring_and_in_the_api_referenc
     assert inspect.getdoc(value), f"{name} has no docstring"
     reference = " ".join((DOCS / page).read_text(encoding="utf-8") for page in PAGES if page.startswith("api/"))
     assert re.search(rf"\b{name}\b", reference) or f"::: {value.__module__}\n" in reference
+
+
+def test_the_site_builds_without_a_warning_or_a_broken_link(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, check=False, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "dcp_prune.integrations.transformers.prune" in (tmp_path / "api" / "pruning.html").read_text()
+    assert (tmp_path / "repository" / "src" / "dcp_prune" / "pruners" / "dcp.py.html").is_file()
 
 
 def test_the_site_shows_every_page_once() -> None:
