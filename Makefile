@@ -74,6 +74,7 @@ report: $(DEV) ## rebuild the tables and figures of README.md and docs/ from the
 	$(BIN)/dcp-prune list --pruners --json results/pruners.json
 	$(BIN)/python -m dcp_prune.report.pages README.md docs/models.md docs/claims.md docs/results.md docs/performance.md docs/how-to/vllm.md
 	$(BIN)/python tools/pruner_pages.py
+	$(BIN)/python tools/reproduce.py page
 
 train-natural: $(DEV) ## make the testbed's `natural` from nothing: fetch its encoder, encode pictures, train; goes on where it was (hours)
 	test -d runs/tower || $(BIN)/python -m dcp_prune.testbed.pretrained
