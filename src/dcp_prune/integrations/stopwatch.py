@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -26,13 +28,23 @@ class Stopwatch:
     def milliseconds(self) -> dict[str, float]:
         """Name -> milliseconds; waits for the GPU."""
         total: dict[str, float] = {}
-        for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (name, _), span in zip(self._marks[1:], self._spans(), strict=True):
+            total[name] = total.get(name, 0.0) + span
+        return total
+
+    def _spans(self) -> list[float]:
+        spans = []
+        for (_, begin), (_, end) in pairwise(self._marks):
             if isinstance(begin, float) and isinstance(end, float):
-                span = end - begin
+                spans.append(end - begin)
             else:
                 assert isinstance(begin, torch.cuda.Event)
                 assert isinstance(end, torch.cuda.Event)
                 end.synchronize()
-                span = begin.elapsed_time(end)
-            total[name] = total.get(name, 0.0) + span
-        return total
+                spans.append(begin.elapsed_time(end))
+        return spans
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain numbers, since CUDA events belong to their process."""
+        names, spans = [name for name, _ in self._marks], self._spans()
+        return {"_cuda": False, "_marks": list(zip(names, accumulate(spans, initial=0.0), strict=True))}

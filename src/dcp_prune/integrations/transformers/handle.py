@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,14 +15,18 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from dcp_prune.budget import DEFAULT_NUM_TOKENS
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
-from dcp_prune.integrations.transformers.cache import CachedPrompt
+from dcp_prune.integrations.transformers.cache import CachedPrompt, forget, is_pruned, recall, remember
 from dcp_prune.integrations.transformers.generation import for_short_prompt
 from dcp_prune.integrations.transformers.inputs import ShortInputs, shorten
+from dcp_prune.integrations.transformers.prompt import put_columns
 from dcp_prune.integrations.transformers.question import FindWords, Question, Text, TextScope
 from dcp_prune.integrations.transformers.record import PruneRecord, warn_if_nothing_was_pruned
 from dcp_prune.models import base_model, get_adapter
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import make_pruner
+
+_running: ContextVar[ShortInputs | None] = ContextVar("running", default=None)
+"""The short inputs of the plain call that is under way, for what is to be done behind it."""
 
 
 def prune(
@@ -91,12 +96,13 @@ def get_handle(model: PreTrainedModel) -> PruneHandle | None:
 
 
 class PruneHandle:
-    """The attachment of one pruner to one model: instance attributes `generate` and `init_continuous_batching`, and one
-    forward pre-hook.
+    """The attachment of one pruner to one model: instance attributes `generate` and `init_continuous_batching`, and a
+    forward hook before and behind the call.
 
     `generate` returns the ids that were passed in, followed by new tokens. A plain `model(...)` returns logits of the
-    short prompt; `handle.last.columns` says which original column each belongs to. Calls of inner modules, such
-    as `model.model(...)`, are not touched.
+    short prompt; `handle.last.columns` says which original column each belongs to. With `labels`, logits have the
+    columns of the labels, and are 0 where a token was dropped. Calls of inner modules, such as `model.model(...)`, are
+    not touched.
 
     Attributes:
         model, pruner, processor, text_scope, keep_markers, on_record: as given to `prune`.
@@ -138,10 +144,13 @@ class PruneHandle:
         self.last: PruneRecord | None = None
         videos = (adapter.video.image_inputs[0],) if adapter.video else ()
         self._visual = (adapter.image_inputs[0], *videos, *adapter.unpruned_inputs)
-        self._prompts: WeakKeyDictionary[Any, CachedPrompt] = WeakKeyDictionary()
+        self._recent: deque[CachedPrompt] = deque(maxlen=8)
         self._previous = model.__dict__.get("generate")
         # Bound methods: deepcopy of a model binds them to the copy, where a closure would keep calling the original.
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = (
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        )
         self.model.generate = self._generate
         self.model.init_continuous_batching = self._refuse_continuous_batching
 
@@ -152,7 +161,8 @@ class PruneHandle:
         """
         if get_handle(self.model) is not self:
             return
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for name, ours in (
             ("generate", self._generate),
             ("init_continuous_batching", self._refuse_continuous_batching),
@@ -171,7 +181,8 @@ class PruneHandle:
     def __repr__(self) -> str:
         return f"PruneHandle({type(self.model).__name__}, {self.pruner})"
 
-    @functools.wraps(vars(GenerationMixin)["generate"])
+    # All but the name, by which pickle finds a method.
+    @functools.wraps(vars(GenerationMixin)["generate"], assigned=("__doc__", "__annotations__"))
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         original = self._previous or functools.partial(type(self.model).generate, self.model)
         if get_handle(self.model) is not self:  # removed, but called by a wrapper that outlived it
@@ -216,8 +227,23 @@ class PruneHandle:
         if short.next_position is not None:
             real = inputs.get("attention_mask", short.columns >= 0)
             get_adapter(model).rope_offset = short.next_position - real.sum(dim=1, keepdim=True)
-        self._remember(inputs.get("past_key_values"), short)
+        _running.set(short)
         return (), inputs
+
+    def _after_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling() and kwargs.get("mm_encoder_outputs") is None:
+            return None
+        return self._finish_call(kwargs, output)  # type: ignore[attr-defined]
+
+    @torch.compiler.disable
+    def _finish_call(self, kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Writes on the cache what is in it; beside labels, logits go back to the columns that the labels have."""
+        short = _running.get()
+        if short is None or short.tensors["input_ids"] is not kwargs.get("input_ids"):
+            return None
+        _running.set(None)
+        self._remember(kwargs.get("past_key_values"), short)
+        return None if kwargs.get("labels") is None else _with_long_logits(output, short, kwargs)
 
     def _refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if get_handle(self.model) is not self:
@@ -228,16 +254,24 @@ class PruneHandle:
         )
 
     def _is_long_step(self, call: Mapping[str, Any]) -> bool:
-        """Whether a plain call continues a pruned prompt with a mask that still counts the dropped tokens."""
+        """Whether a plain call continues a pruned prompt, and its mask or positions still count the dropped tokens."""
         cache, mask, ids = (call.get(name) for name in ("past_key_values", "attention_mask", "input_ids"))
         # `generate` makes masks of its own for some caches: 4-D, or a dictionary of them for kinds of layers.
-        if cache is None or ids is None or not isinstance(mask, Tensor) or mask.ndim != 2 or cache not in self._prompts:
+        if cache is None or ids is None or not (is_pruned(cache) or self._recent):
             return False
-        return mask.shape[1] > int(cache.get_seq_length()) + ids.shape[1]
+        filled = int(cache.get_seq_length())
+        if filled == 0:
+            forget(cache)
+            return False
+        end = filled + ids.shape[1]
+        if mask is not None:
+            return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > end
+        positions = call.get("position_ids")
+        return positions is not None and positions.ndim == 2 and int(positions.max()) >= end
 
     def _shorten(self, call: Mapping[str, Any], *, whole_prompt: bool) -> ShortInputs:
-        cache = call.get("past_key_values")
-        cached = None if cache is None else self._prompts.get(cache)
+        cache, ids = call.get("past_key_values"), call.get("input_ids")
+        cached = None if cache is None or ids is None else recall(cache, len(ids), self._recent)
         short = shorten(
             self.model,
             call,
@@ -254,10 +288,28 @@ class PruneHandle:
         return short
 
     def _remember(self, cache: Any, short: ShortInputs) -> None:
-        if cache is not None and short.columns is not None:
-            ids = short.original["input_ids"]
-            known = ids if ids.shape[1] == short.width else None
-            self._prompts[cache] = CachedPrompt(short.columns, short.width, known, short.next_position)
+        if cache is None or short.columns is None:
+            return
+        ids = short.original["input_ids"]
+        known = ids if ids.shape[1] == short.width else None
+        prompt = remember(cache, CachedPrompt(short.columns, short.width, known, short.next_position))
+        if short.record is not None:
+            self._recent.append(prompt)
+
+
+def _with_long_logits(output: Any, short: ShortInputs, call: Mapping[str, Any]) -> Any:
+    """Logits in the columns of the labels that the caller gave, 0 where a token was dropped."""
+    wanted = call.get("logits_to_keep")
+    logits = output[1] if isinstance(output, tuple) else output.get("logits")
+    if logits is None or short.columns is None or not (wanted is None or (isinstance(wanted, int) and wanted == 0)):
+        return None
+    given = short.original["input_ids"].shape[1]
+    own = short.columns[:, short.columns.shape[1] - call["input_ids"].shape[1] :]
+    long = put_columns(logits, torch.where(own < 0, -1, own - (short.width - given)), given)
+    if isinstance(output, tuple):
+        return (output[0], long, *output[2:])
+    output.logits = long
+    return output
 
 
 def _check_generate(cls: type) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.stopwatch import Stopwatch
-from dcp_prune.integrations.transformers.cache import CachedPrompt, find_new_turn
+from dcp_prune.integrations.transformers.cache import CachedPrompt, NewTurn, find_new_turn
 from dcp_prune.integrations.transformers.images import (
     CallImages,
     images_behind_cache,
@@ -23,8 +23,23 @@ from dcp_prune.integrations.transformers.images import (
     prune_images,
 )
 from dcp_prune.integrations.transformers.markers import markers_of_dropped
-from dcp_prune.integrations.transformers.positions import next_position, rope_positions, short_rope_positions
-from dcp_prune.integrations.transformers.prompt import compact_positions, locate_images, surviving_columns, take_columns
+from dcp_prune.integrations.transformers.positions import (
+    counted_positions,
+    next_position,
+    rope_positions,
+    sample_starts,
+    short_packing,
+    short_rope_positions,
+)
+from dcp_prune.integrations.transformers.prompt import (
+    close_gaps,
+    locate_images,
+    real_columns,
+    short_logits_to_keep,
+    split_samples,
+    surviving_columns,
+    take_columns,
+)
 from dcp_prune.integrations.transformers.question import FindWords, Question, Text, TextScope
 from dcp_prune.integrations.transformers.record import PruneRecord, warn_if_nothing_was_pruned
 from dcp_prune.models import EncodedImages, ModelAdapter, get_adapter
@@ -196,7 +211,12 @@ def shorten(
 
         @cache
         def ask(device: torch.device) -> dict[str, Tensor | None]:
-            return question.embed(model, ids, mask, rows, places + turn.start, tokens, device)
+            own = places.where(places < 0, places + turn.start)
+            real = real_columns(ids, mask)
+            starts = sample_starts(inputs, real)
+            if starts is None or not starts.any():
+                return question.embed(model, ids, mask, rows, own, tokens, device)
+            return question.embed(model, *split_samples(starts, ids, real, rows, own), tokens, device)
 
         pruned = prune_images(kinds, whole, pruner, ask, watch)
         joined, deepstack = join(pruned)
@@ -230,7 +250,7 @@ def shorten(
         tail_columns = surviving_columns(tail_mask, tail, rows, places, joined.indices.to(ids.device), gone)
     columns = torch.cat((turn.head, torch.where(tail_columns < 0, -1, tail_columns + turn.head_width)), dim=1)
     own = tail_columns if turn.start < turn.head_width else columns
-    tensors = _shorten_tensors(inputs, adapter, columns, own, _pad_id(model))
+    tensors = _shorten_tensors(inputs, adapter, columns, own, turn, _pad_id(model))
     rope = rope_positions(adapter, kinds, inputs, tail, turn, cached)
     if rope is not None:
         tensors["position_ids"] = short_rope_positions(rope, tensors, columns, own)
@@ -245,35 +265,87 @@ def _shorten_tensors(
     adapter: ModelAdapter,
     columns: Int[Tensor, "b m"],
     own: Int[Tensor, "b s"],
+    turn: NewTurn,
     pad_id: int,
 ) -> dict[str, Any]:
     """The inputs without images: `columns` of the conversation for the mask, `own` for what is like `input_ids`."""
-    shape = inputs["input_ids"].shape
-    fills = {"input_ids": pad_id, "labels": -100}
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     visual = (*adapter.image_inputs, *(adapter.video.image_inputs if adapter.video else ()))
     short = {name: value for name, value in inputs.items() if name not in visual}
-    for name, value in short.items():
-        if name not in ("attention_mask", "position_ids") and isinstance(value, Tensor) and value.shape == shape:
-            short[name] = take_columns(value, own, fills.get(name, 0))
-    mask = inputs.get("attention_mask")
-    real = columns >= 0
+    if own.shape != ids.shape or (own < 0).any():
+        short |= _shorten_columns(short, own, {"input_ids": pad_id, "labels": -100, "shift_labels": -100})
+        short |= short_packing(inputs, own, turn.head_width)
+        wanted = inputs.get("logits_to_keep")
+        if wanted is not None:
+            short["logits_to_keep"] = short_logits_to_keep(wanted, own, real_columns(ids, mask))
+        if inputs.get("num_items_in_batch") is not None:
+            short["num_items_in_batch"] = _items_left(inputs, short)
+    positions = counted_positions(inputs)
+    short.pop("position_ids", None)
     if mask is not None:
         short["attention_mask"] = take_columns(mask, columns, 0)
-        real = short["attention_mask"].bool()
-    elif not real.all():
-        short["attention_mask"] = real.long()
-    if inputs.get("position_ids") is not None:
-        # Compact: gaps would make attention kernels believe that several sequences were packed into one.
-        positions = compact_positions(real, own.shape[1])
-        if adapter.first_position:
-            given, length = inputs["position_ids"], inputs["position_ids"].shape[1]
-            counted = compact_positions(
-                torch.ones_like(given, dtype=torch.bool) if mask is None else mask.bool(), length
+    elif (columns < 0).any():
+        starts = sample_starts(inputs, real_columns(ids, mask))
+        if starts is not None and starts.any():
+            raise InvalidInputError(
+                "these rows hold several samples each and keep different numbers of tokens, which takes a mask that "
+                "would let the samples see each other; pack all samples into one row"
             )
-            first = given.amax(dim=1, keepdim=True) - counted.amax(dim=1, keepdim=True)
-            positions = positions + first.clamp(0, adapter.first_position).to(positions.device)
-        short["position_ids"] = positions
+        short["attention_mask"] = (columns >= 0).long()
+    if positions is not None:
+        # Compact: gaps would make attention kernels believe that several sequences were packed into one.
+        before = torch.zeros_like(ids[:, :1])
+        if turn.start < turn.head_width:
+            head = (turn.head >= 0) if mask is None else take_columns(mask, turn.head, 0).bool()
+            whole = turn.head_width if mask is None else mask[:, : turn.head_width].sum(dim=1, keepdim=True)
+            before = whole - head.sum(dim=1, keepdim=True)
+        short["position_ids"] = close_gaps(positions, real_columns(ids, mask).to(positions.device), own, before)
     return short
+
+
+def _shorten_columns(inputs: Mapping[str, Any], own: Int[Tensor, "b s"], fills: Mapping[str, int]) -> dict[str, Tensor]:
+    """Everything that has a value for each column of `input_ids`.
+
+    Raises:
+        InvalidInputError: something has the length of the prompt in it, but is of another form.
+    """
+    shape = inputs["input_ids"].shape
+    short = {}
+    for name, value in inputs.items():
+        if name in _SHORTENED_OTHERWISE or not isinstance(value, Tensor):
+            continue
+        if value.shape[:2] == shape:
+            short[name] = take_columns(value, own, fills.get(name, 0))
+        elif shape[1] in value.shape[int(shape[0] > 1 or value.ndim > 1) :]:
+            raise InvalidInputError(
+                f"{name} of shape {tuple(value.shape)} seems to be about the {shape[1]} columns of the prompt, and "
+                "nobody can say what is left of it in a shorter one; leave it out, or give it as rows x columns"
+            )
+    return short
+
+
+_SHORTENED_OTHERWISE = (
+    "attention_mask",
+    "position_ids",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+"""Inputs with the length of the prompt in them that are not simply rows x columns."""
+
+
+def _items_left(inputs: Mapping[str, Any], short: Mapping[str, Any]) -> Any:
+    """By how many labels the loss is to be divided; what is known of these holds for the rest of a larger batch."""
+    name = "shift_labels" if inputs.get("shift_labels") is not None else "labels"
+    items = inputs["num_items_in_batch"]
+    if inputs.get(name) is None:
+        return items
+    first = int(name == "labels")  # the label of the first column is nobody's to predict
+    given, left = ((each[name][:, first:] != -100).sum() for each in (inputs, short))
+    return torch.where(left > 0, items * left / given.clamp(min=1), items)
 
 
 def _check_inputs(config: Any, inputs: Mapping[str, Any], kinds: Sequence[CallImages]) -> None:

@@ -1,4 +1,4 @@
-"""Positions of a short prompt in models whose rotary embedding does more than count tokens."""
+"""Positions of a short prompt, and the samples that are packed into its rows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional
 
+from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.transformers.cache import CachedPrompt, NewTurn
 from dcp_prune.integrations.transformers.images import CallImages
 from dcp_prune.integrations.transformers.prompt import compact_positions, take_columns
@@ -28,7 +29,7 @@ def rope_positions(
     positions just count tokens."""
     given = inputs.get("position_ids")
     if given is not None:
-        return given[-3:] if given.ndim == 3 else None
+        return given[-3:].expand(-1, *inputs["input_ids"].shape) if given.ndim == 3 else None
     mask = inputs.get("attention_mask")
     begin = 0 if mask is None else mask.shape[1] - tail.shape[1]
     own_mask = None if mask is None else mask[:, begin:].bool()
@@ -53,9 +54,68 @@ def short_rope_positions(
     rope: Int[Tensor, "p b l"], tensors: Mapping[str, Any], columns: Int[Tensor, "b m"], own: Int[Tensor, "b s"]
 ) -> Int[Tensor, "q b s"]:
     """`position_ids` of the short prompt: a count of tokens, from which attention masks are made, then each axis."""
-    mask = tensors.get("attention_mask")
-    counted = compact_positions(columns >= 0 if mask is None else mask.bool(), own.shape[1])
+    counted = tensors.get("position_ids")  # the caller's own, if it had one
+    if counted is None:
+        mask = tensors.get("attention_mask")
+        counted = compact_positions(columns >= 0 if mask is None else mask.bool(), own.shape[1])
     return torch.stack((counted, *(take_columns(axis, own, 0) for axis in rope)))
+
+
+def counted_positions(inputs: Mapping[str, Any]) -> Int[Tensor, "b l"] | None:
+    """The given positions that count tokens, if there are any; those of rotary axes do not.
+
+    Raises:
+        InvalidInputError: they are not about the columns of `input_ids`.
+    """
+    given, ids = inputs.get("position_ids"), inputs["input_ids"]
+    if given is None:
+        return None
+    if given.ndim not in (2, 3) or given.shape[-1] != ids.shape[1] or given.shape[-2] not in (1, ids.shape[0]):
+        raise InvalidInputError(
+            f"position_ids of shape {tuple(given.shape)} do not fit input_ids of {tuple(ids.shape)}, which they must "
+            "while pruning; give one position for each id, or leave them out"
+        )
+    if given.ndim == 3 and len(given) < 4:
+        return None
+    return (given if given.ndim == 2 else given[0]).expand(ids.shape)
+
+
+def sample_starts(inputs: Mapping[str, Any], real: Bool[Tensor, "b l"]) -> Bool[Tensor, "b l"] | None:
+    """Where positions begin again within a row, or `cu_seq_lens_q` say so, as several samples were packed into it;
+    None if neither is given."""
+    positions, borders = counted_positions(inputs), inputs.get("cu_seq_lens_q")
+    if borders is not None:
+        starts = torch.zeros(real.numel() + 1, dtype=torch.bool, device=real.device)
+        starts[borders.to(real.device).long().clamp(max=real.numel())] = True
+        return starts[:-1].view(real.shape)
+    if positions is None:
+        return None
+    again = (positions[:, 1:] <= positions[:, :-1]) & (real[:, 1:] & real[:, :-1]).to(positions.device)
+    return functional.pad(again, (1, 0))
+
+
+def short_packing(inputs: Mapping[str, Any], own: Int[Tensor, "b s"], head_width: int) -> dict[str, Any]:
+    """What `inputs` say about lengths of samples that are packed into one row, counted anew.
+
+    Raises:
+        InvalidInputError: there are several rows, or a cache in front of them.
+    """
+    short: dict[str, Any] = {}
+    for side in ("q", "k"):
+        borders = inputs.get(f"cu_seq_lens_{side}")
+        if borders is None:
+            continue
+        if len(own) > 1 or head_width:
+            raise InvalidInputError(
+                f"cu_seq_lens_{side} can be shortened for one row without a cache only; pack all samples into one row"
+            )
+        counted = torch.searchsorted(own[0].contiguous(), borders.to(own)).to(borders)
+        short[f"cu_seq_lens_{side}"] = counted
+        if inputs.get(f"max_length_{side}") is not None:
+            longest = counted.diff().max()
+            given = inputs[f"max_length_{side}"]
+            short[f"max_length_{side}"] = longest.to(given) if isinstance(given, Tensor) else int(longest)
+    return short
 
 
 def next_position(rope: Int[Tensor, "p b l"], mask: Tensor | None) -> Int[Tensor, "b 1"]:

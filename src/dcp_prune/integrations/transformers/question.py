@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dcp_prune.errors import InvalidInputError
+from dcp_prune.integrations.transformers.prompt import real_columns
 
 TextScope = Literal["after_image", "own", "last_turn", "all"]
 """Which words of its prompt ask about an image:
@@ -95,9 +96,7 @@ class Question:
             found, words = self._tokenize(self.text, ids.shape[0], rows.tolist())
             found, words = found.to(ids.device), words.to(ids.device)
             return embed_words(model, found, words & ~torch.isin(found, special), device)
-        real = (
-            torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, mask.shape[1] - ids.shape[1] :].bool()
-        )
+        real = real_columns(ids, mask)
         placeholders = torch.isin(ids, torch.tensor(image_tokens, dtype=ids.dtype, device=ids.device))
         words = ~placeholders & ~torch.isin(ids, special) & real
         return embed_words(model, ids[rows], self._find(ids, real, words, placeholders, rows, places), device)
