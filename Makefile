@@ -13,7 +13,7 @@ CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format docs bench sweeps report train-natural train-testbed
+.PHONY: help demo test test-newest test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format docs dist bench sweeps report train-natural train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,11 @@ format: $(DEV) ## rewrite the code in the project's style
 
 docs: $(DEV) ## build the docs site in build/site; a warning or a broken link ends it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+dist: $(DEV) ## build the sdist and the wheel in dist/, and check their descriptions
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, and each selection by itself (ARGS=--tiny tries it out)
 	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcp_prune import __version__
 from dcp_prune.eval import evaluate as evaluation_module
 from dcp_prune.eval.evaluate import Answers, Evaluation
 from dcp_prune.eval.specs import Method
@@ -50,12 +54,33 @@ def _matches(name: str, text: str) -> None:
         "validate",
         "serve",
         "vllm-args",
+        "completion",
     ],
 )
 def test_help_reads_as_it_did(dcp_prune: Run, command: str) -> None:
     outcome = dcp_prune(*command.split(), "--help")
     assert outcome.code == 0
     _matches(f"help-{command.replace(' ', '-') or 'all'}", outcome.out)
+
+
+def test_the_version_names_what_decides_answers(dcp_prune: Run) -> None:
+    outcome = dcp_prune("--version")
+    assert outcome.code == 0
+    names = ("torch", "transformers")
+    assert outcome.out.startswith(f"dcp-prune {__version__} (")
+    assert all(f"{name} {version(name)}" in outcome.out for name in names)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(("words", "completed"), [("insp", "inspect"), ("inspect --num", "--num-tokens")])
+def test_bash_completes_commands_and_options(dcp_prune: Run, words: str, completed: str) -> None:
+    Path("completion.sh").write_text(dcp_prune("completion", "bash").out)
+    place = len(words.split())
+    line = f"COMP_WORDS=(dcp-prune {words}); COMP_CWORD={place}; _dcp_prune; echo ${{COMPREPLY[@]}}"
+    shown = subprocess.run(
+        ["bash", "-c", f"source completion.sh; {line}"], check=True, capture_output=True, text=True
+    ).stdout
+    assert completed in shown.split()
 
 
 def test_the_list_names_every_pruner_and_model_and_its_json_agrees(dcp_prune: Run) -> None:

@@ -43,19 +43,19 @@ DEMO_PICTURE = Path("demo/kept.png")
 @app.command
 def demo(
     *,
-    output: Annotated[Path, Parameter(help="Where to put the picture of kept tokens (PNG).")] = DEMO_PICTURE,
+    output: Annotated[Path, Parameter(help="Where to write the picture of the kept tokens (PNG).")] = DEMO_PICTURE,
     num_tokens: Annotated[int, Whole, Parameter(help="Visual tokens to keep.")] = DEFAULT_NUM_TOKENS,
-    images: Annotated[int, Whole, Parameter(help="How many images; two questions are asked about each.")] = 6,
+    images: Annotated[int, Whole, Parameter(help="How many images to ask about. Each gets two questions.")] = 6,
     crowded: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Show about twice as many objects in an image.")
+        bool, Parameter(negative="", show_default=False, help="Draw about twice as many objects into each image.")
     ] = False,
     model: Model = "testbed",
     json: Json = None,
 ) -> None:
     """See it work: a trained model answers questions with all visual tokens and with a few.
 
-    The images are drawn on the spot and the model has never seen them; they are the first ones of the held-out seeds,
-    not chosen for their results.
+    The program draws the images, and the model has never seen them. They are the first ones of the held-out seeds, so
+    nobody chose them for their results.
     """
     from dcp_prune.registry import make_pruner
 
@@ -115,18 +115,20 @@ def demo(
 def run(
     *,
     image: ImageFile,
-    question: Annotated[str | None, Text, Parameter(help="What you want to know about the image.")] = None,
+    question: Annotated[str | None, Text, Parameter(help="Your question about the image.")] = None,
     prompt: Annotated[
-        str | None, Text, Parameter(help="Instead of a question: the whole prompt, with `<image>` in its place.")
+        str | None,
+        Text,
+        Parameter(help="The whole prompt, with `<image>` where the image belongs, instead of a question."),
     ] = None,
     model: Model = "testbed",
     pruner: PrunerName = "dcp",
     num_tokens: NumTokens = None,
     keep_ratio: KeepRatio = None,
-    max_new_tokens: Annotated[int, Whole, Parameter(help="Where the answer is cut off at the latest.")] = 32,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="The longest answer, in tokens.")] = 32,
     json: Json = None,
 ) -> None:
-    """Ask one question about one image. The pruner `none` reads all visual tokens."""
+    """Ask one question about one image. With the pruner `none`, the model reads all visual tokens."""
     loaded = _checked(image, question, prompt, model, json)
     chosen = None if pruner == "none" else build_pruner(pruner, num_tokens, keep_ratio)
     assistant, text = _loaded(question, prompt, model)
@@ -152,19 +154,21 @@ def run(
 def inspect(
     *,
     image: ImageFile,
-    question: Annotated[str | None, Text, Parameter(help="What you want to know about the image.")] = None,
+    question: Annotated[str | None, Text, Parameter(help="Your question about the image.")] = None,
     prompt: Annotated[
-        str | None, Text, Parameter(help="Instead of a question: the whole prompt, with `<image>` in its place.")
+        str | None,
+        Text,
+        Parameter(help="The whole prompt, with `<image>` where the image belongs, instead of a question."),
     ] = None,
-    output: Annotated[Path, Parameter(help="Where to put the picture (PNG).")] = Path("kept.png"),
+    output: Annotated[Path, Parameter(help="Where to write the picture (PNG).")] = Path("kept.png"),
     model: Model = "testbed",
     pruner: PrunerName = "dcp",
     num_tokens: NumTokens = None,
     keep_ratio: KeepRatio = None,
-    max_new_tokens: Annotated[int, Whole, Parameter(help="Where the answer is cut off at the latest.")] = 32,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="The longest answer, in tokens.")] = 32,
     json: Json = None,
 ) -> None:
-    """Draw what a pruner kept: the image, its saliency, the kept tokens, and which of them stands for which patch."""
+    """Draw what a pruner kept: the image, its saliency, the kept tokens, and which token stands for which patch."""
     loaded = _checked(image, question, prompt, model, json, output)
     chosen = build_pruner(pruner, num_tokens, keep_ratio)
     assistant, text = _loaded(question, prompt, model)

@@ -23,14 +23,14 @@ def list_(
     pruners: Annotated[bool, Parameter(negative=())] = False,
     json: Json = None,
 ) -> None:
-    """Show the pruners and the models that there are.
+    """Show all pruners and all models.
 
     Parameters
     ----------
     models
-        Show what each model class supports, from the flags of its adapter.
+        Show what each model class supports.
     pruners
-        Show the pruners alone, with their papers.
+        Show only the pruners, with their papers.
     """
     check_outputs(json)
     if models:
@@ -50,9 +50,9 @@ def list_(
         },
         {
             "name": "testbed-weak",
-            "summary": "comes with this program; words and patches hardly look alike, as in real models",
+            "summary": "comes with this program; its words and patches hardly look alike, as in real models",
         },
-        {"name": "testbed-aligned", "summary": "comes with this program; the words were built into the patches"},
+        {"name": "testbed-aligned", "summary": "comes with this program; its patches were trained to look like words"},
         *(
             {"name": name, "summary": "any model of this class, by folder or hub name"}
             for name in supported_architectures()

@@ -27,15 +27,23 @@ if TYPE_CHECKING:
 # complaints about bad input answer at once.
 
 
+def versions() -> str:
+    """This program's version and those of what decides its answers. Nothing is imported for it."""
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"dcp-prune {__version__} ({packages}, Python {sys.version.split()[0]})"
+
+
 app = App(
     name="dcp-prune",
-    version=__version__,
+    version=versions,
     help_format="markdown",
     help="""Ask a vision-language model about images with 16 instead of 576 visual tokens.
 
     A vision-language model cuts an image into patches and reads one visual token per patch. Most of them say little.
-    A pruner keeps the few that matter for the image and the question, which makes the model faster and its memory
-    smaller. This program shows how well that works, on a small trained model that comes with it or on your own.
+    A pruner keeps the few that matter for the image and the question. The model then answers faster and needs less
+    memory. This program shows how well that works, on a small trained model that comes with it or on your own.
 
     Start with: dcp-prune demo
     """,
@@ -92,27 +100,30 @@ Text = Parameter(allow_leading_hyphen=True)
 Budgets = Parameter(negative="", allow_leading_hyphen=True)
 
 Json = Annotated[
-    Path | None, Parameter(help="Write the result as JSON: to this file, or to the screen if no file is named.")
+    Path | None, Parameter(help="Write the result as JSON to this file, or to the screen if you name no file.")
 ]
 Model = Annotated[
-    str, Parameter(help="testbed (natural), testbed-weak, the folder of a LLaVA-1.5 model, or its hub name.")
+    str,
+    Parameter(
+        help="testbed (the same as testbed-natural), testbed-weak, or a LLaVA-1.5 model by its folder or hub name."
+    ),
 ]
 Tiles = Annotated[
     bool,
     Parameter(
         negative="",
-        help="Ask about pictures of twice the width and height, which the model sees as a LLaVA-NeXT does: an overview "
-        "and 2 x 2 tiles, 2880 visual tokens.",
+        help="Ask about images of twice the width and height. The model sees them as LLaVA-NeXT does: an overview and "
+        "2 x 2 tiles, 2880 visual tokens.",
     ),
 ]
-PrunerName = Annotated[str, Parameter(help="Which pruner selects the tokens; `dcp-prune list` shows them.")]
+PrunerName = Annotated[str, Parameter(help="The pruner that selects the tokens; `dcp-prune list` shows all.")]
 NumTokens = Annotated[
     int | None,
     Whole,
-    Parameter(help=f"Visual tokens to keep; {DEFAULT_NUM_TOKENS} if nothing is said.", show_default=False),
+    Parameter(help=f"Visual tokens to keep per image. Default: {DEFAULT_NUM_TOKENS}.", show_default=False),
 ]
-KeepRatio = Annotated[float | None, Parameter(help="Instead of a number: the share of visual tokens to keep, up to 1.")]
-ImageFile = Annotated[Path, Parameter(help="An image file, of any size and kind.")]
+KeepRatio = Annotated[float | None, Parameter(help="The share of visual tokens to keep, up to 1, instead of a number.")]
+ImageFile = Annotated[Path, Parameter(help="An image file of any size and format.")]
 
 
 def fail(sentence: str, code: int = 2) -> NoReturn:

@@ -36,34 +36,34 @@ def compare(
     questions: Annotated[
         Path,
         Parameter(
-            help="A text file with one question a line, each asked about every image; or JSON lines with the keys "
+            help="A text file with one question per line, each asked about every image; or JSON lines with the keys "
             "image and question."
         ),
     ],
     num_tokens: Annotated[
         list[str] | None,
         Budgets,
-        Parameter(help="Visual tokens to keep, with commas between them; if not said: 16,32,64,128."),
+        Parameter(help="Numbers of visual tokens to keep, separated by commas. Default: 16,32,64,128."),
     ] = None,
     model: Model = "testbed",
     pruner: Annotated[
         list[str] | None,
         Parameter(
             negative="",
-            help="A pruner as name or name(field=value, ...); several times to compare several; if not said: dcp.",
+            help="A pruner as name or name(option=value, ...). Repeat the option to compare several. Default: dcp.",
         ),
     ] = None,
-    keep: Annotated[float, Parameter(help="The share of answers that shall stay the same, below 1.")] = 0.95,
-    max_new_tokens: Annotated[int, Whole, Parameter(help="Where an answer is cut off at the latest.")] = 32,
-    batch_size: Annotated[int, Whole, Parameter(help="Questions that are answered at once.")] = 8,
+    keep: Annotated[float, Parameter(help="The share of answers that must stay the same, below 1.")] = 0.95,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="The longest answer, in tokens.")] = 32,
+    batch_size: Annotated[int, Whole, Parameter(help="How many questions to answer at once.")] = 8,
     json: Json = None,
 ) -> None:
-    """Find out how few visual tokens are enough for your own images and questions; no right answers are needed.
+    """Find out how few visual tokens are enough for your own images and questions. You need no right answers.
 
-    Every question is answered with all visual tokens and with each number of tokens. Shown is how many answers stay
-    the same, how far the first word's distribution moves, and what it costs. At the end stands the smallest number of
-    tokens that keeps the wanted share of answers, and how sure that is: with 95 % confidence on images like these,
-    counting all questions about one image as belonging together.
+    The model answers every question with all visual tokens and with each number of tokens. A table shows how many
+    answers stay the same, how far the distribution of the first word moves, and what it costs. The last lines name the
+    smallest number of tokens that keeps the wanted share of answers, with 95 % confidence for images like these.
+    Questions about one image count as belonging together.
     """
     budgets = sorted(whole_numbers(num_tokens or ["16,32,64,128"]), reverse=True)
     if budgets[-1] < 1:

@@ -25,7 +25,7 @@ from dcp_prune.cli.common import (
 )
 from dcp_prune.errors import InvalidInputError
 
-testbed = App(name="testbed", help="Measure pruners on the small model that comes with this program.")
+testbed = App(name="testbed", help="Measure pruners on the small models that come with this program.")
 app.command(testbed)
 
 
@@ -36,33 +36,33 @@ def eval_(
         list[str] | None,
         Parameter(
             negative="",
-            help="A pruner, or none for all tokens; say it several times to compare; if not at all: none, dcp, random.",
+            help="A pruner, or none for all tokens. Repeat the option to compare. Default: none, dcp, random.",
         ),
     ] = None,
     num_tokens: Annotated[
         list[str] | None,
         Budgets,
-        Parameter(help="Visual tokens to keep, with commas between them; 0 is no image; if not said: 16."),
+        Parameter(help="Numbers of visual tokens to keep, separated by commas. 0 means no image. Default: 16."),
     ] = None,
     seed_range: Annotated[
-        str | None, Parameter(help="Scenes from seed A up to B, B excluded, as A:B; if not said: all held-out seeds.")
+        str | None, Parameter(help="The seeds of the scenes, as A:B, from A to B - 1. Default: all held-out seeds.")
     ] = None,
-    limit: Annotated[int, Whole, Parameter(help="How many questions; each image has 14 or 18.")] = 1000,
+    limit: Annotated[int, Whole, Parameter(help="How many questions to ask. Each image has 14 or 18.")] = 1000,
     difficulty: Annotated[
         Literal["standard", "crowded", "cluttered"],
-        Parameter(help="how full an image is; cluttered is of the natural world."),
+        Parameter(help="How full an image is. Only natural has cluttered images."),
     ] = "standard",
     checkpoint: Annotated[
-        str, Parameter(help="natural, weak, aligned, or the folder of a model trained on it.")
+        str, Parameter(help="natural, weak, aligned, or the folder of a model trained on the testbed.")
     ] = "natural",
     tiles: Tiles = False,
     json: Json = None,
 ) -> None:
     """Measure accuracy on questions that the model has never seen, for any pruners at any budgets.
 
-    Every pruner answers the very same questions. Accuracies come with 95 % intervals that know that questions about one
-    image belong together; differences to the first pruner are paired. Training uses seeds below 900000000, tuning
-    those up to 999999999, and held-out seeds begin at 1000000000.
+    Every pruner answers the same questions. Accuracies have 95 % intervals, which allow for the fact that questions
+    about one image belong together. Differences to the first pruner are paired. Seeds below 900000000 are for training,
+    those up to 999999999 for tuning, and those from 1000000000 are held out.
     """
     from dcp_prune.testbed.seeds import HELD_OUT
 

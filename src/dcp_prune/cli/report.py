@@ -17,16 +17,16 @@ MOST_RESAMPLES = 50_000
 
 @app.command
 def report(
-    *records: Annotated[Path, Parameter(help="Folders that a sweep wrote, or folders that hold such folders.")],
-    output: Annotated[Path, Parameter(help="Folder to write to; made if it is not there.")],
-    resamples: Annotated[int, Whole, Parameter(help="Draws of images behind every interval.")] = 2000,
+    *records: Annotated[Path, Parameter(help="Folders that a sweep wrote, or folders that contain such folders.")],
+    output: Annotated[Path, Parameter(help="The folder to write to. It is created if it does not exist.")],
+    resamples: Annotated[int, Whole, Parameter(help="How many times images are drawn anew for each interval.")] = 2000,
 ) -> None:
     """Turn the records of sweeps into figures and tables, with 95 % intervals.
 
-    Records of the same model and the same questions belong together, whichever folder they lie in. The folder
-    gets report.md, all its tables in markdown and LaTeX (booktabs), and its figures as PNG and SVG: accuracy and kappa
+    Records of the same model and the same questions belong together, whatever folder they are in. The output folder
+    gets report.md, all tables in markdown and LaTeX (booktabs), and all figures as PNG and SVG: accuracy and kappa
     against kept tokens, relative scores plain and above the no-image floor, paired leads, the ablation, the effect of
-    noise in the question, and which distance predicts the loss. Images are resampled, for all methods together.
+    noise in the question, and which distance predicts the loss. Intervals resample images, for all methods together.
     """
     if not records:
         raise InvalidInputError("name at least one folder with the records of a sweep")

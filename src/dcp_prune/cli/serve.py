@@ -28,24 +28,27 @@ def serve(
     pruner: PrunerName = "dcp",
     num_tokens: NumTokens = None,
     keep_ratio: KeepRatio = None,
-    host: Annotated[str, Parameter(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, Whole, Parameter(help="Where to listen; 0 takes any free port.")] = 8000,
+    host: Annotated[str, Parameter(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, Whole, Parameter(help="The port to listen on; 0 takes any free port.")] = 8000,
     api_key: Annotated[
         str | None,
-        Parameter(env_var="DCP_PRUNE_API_KEY", help="Answer only clients that send this key; if not said: everybody."),
+        Parameter(
+            env_var="DCP_PRUNE_API_KEY", help="Answer only clients that send this key. Default: answer everybody."
+        ),
     ] = None,
     allow_private_addresses: Annotated[
         bool,
         Parameter(
             negative="",
-            help="Fetch pictures from this machine and its network as well, not only from public addresses.",
+            help="Also fetch images from this machine and its network, not only from public addresses.",
         ),
     ] = False,
 ) -> None:
     """Serve a model with pruned images behind the OpenAI API.
 
-    Streaming or not, as `transformers serve` does it. The pruner `none` reads all visual tokens. What was pruned is
-    said on stderr, one line per request with images, and counted at /metrics. Stop it with Ctrl-C.
+    It streams or not, as `transformers serve` does. With the pruner `none`, the model reads all visual tokens. Each
+    request with images writes one line to stderr that says what was pruned; /metrics counts it. Stop the server with
+    Ctrl-C.
     """
     from dcp_prune.integrations.serving import listen, url_of
 

@@ -25,68 +25,75 @@ from dcp_prune.errors import InvalidInputError
 @app.command
 def sweep(
     *,
-    output: Annotated[Path, Parameter(help="Folder of the records; a sweep that was stopped there goes on.")],
+    output: Annotated[Path, Parameter(help="The folder of the records. A sweep that was stopped there goes on.")],
     pruner: Annotated[
         list[str] | None,
         Parameter(
             negative="",
-            help="A pruner as name or name(field=value, ...), with @none, @wrong or @noise=SHARE behind it if it is "
-            "not to read the question; none for all tokens; say it several times; if not at all: none, dcp, random.",
+            help="A pruner as name or name(option=value, ...), or none for all tokens. Add @none, @wrong or "
+            "@noise=SHARE to hide the question from the pruner. Repeat the option. Default: none, dcp, random.",
         ),
     ] = None,
     num_tokens: Annotated[
         list[str] | None,
         Budgets,
-        Parameter(help="Visual tokens to keep, with commas between them; 0 is no image; if not said: 16."),
+        Parameter(help="Numbers of visual tokens to keep, separated by commas. 0 means no image. Default: 16."),
     ] = None,
     questions: Annotated[
         Path | None,
         Parameter(
-            help='A JSONL file of questions instead of the testbed, lines like {"id": "1", "image": "cat.jpg", '
-            '"question": "...", "answer": "cat", "task": "..."}; image is relative to the file, answer may be a list '
-            "of right ones, task may be left out."
+            help='A JSONL file of questions instead of the testbed, with lines like {"id": "1", "image": "cat.jpg", '
+            '"question": "...", "answer": "cat", "task": "..."}. Paths are relative to the file, answer may be a list '
+            "of right answers, and task may be left out."
         ),
     ] = None,
     model: Annotated[
-        str | None, Parameter(help="Who answers them: testbed, the folder of a LLaVA-1.5 model, or its hub name.")
+        str | None,
+        Parameter(
+            help="With --questions: the model that answers; testbed, or a LLaVA-1.5 model by its folder or hub name."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, Whole, Parameter(help="With --questions: where an answer is cut off.")] = 16,
-    batch_size: Annotated[int, Whole, Parameter(help="With --questions: how many are answered at once.")] = 8,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="With --questions: the longest answer, in tokens.")] = 16,
+    batch_size: Annotated[int, Whole, Parameter(help="With --questions: how many to answer at once.")] = 8,
     limit: Annotated[
-        int | None, Whole, Parameter(help="How many questions; if not said: 1000 of the testbed, all of a file.")
+        int | None, Whole, Parameter(help="How many questions to ask. Default: 1000 of the testbed, or all of a file.")
     ] = None,
     task: Annotated[
-        list[str] | None, Parameter(negative="", help="Only questions of this task; several times.")
+        list[str] | None,
+        Parameter(negative="", help="Ask only questions of this task. Repeat the option for more tasks."),
     ] = None,
     checkpoint: Annotated[
-        str, Parameter(help="Testbed: natural, weak, aligned, or the folder of a model trained on it.")
+        str, Parameter(help="Testbed: natural, weak, aligned, or the folder of a model trained on the testbed.")
     ] = "natural",
     difficulty: Annotated[
         Literal["standard", "crowded", "cluttered"],
-        Parameter(help="Testbed: how full an image is; cluttered is of the natural world."),
+        Parameter(help="Testbed: how full an image is. Only natural has cluttered images."),
     ] = "standard",
     tiles: Tiles = False,
     seed_range: Annotated[
-        str | None, Parameter(help="Testbed: scenes from seed A up to B, as A:B; if not said: all held-out seeds.")
+        str | None,
+        Parameter(help="Testbed: the seeds of the scenes, as A:B, from A to B - 1. Default: all held-out seeds."),
     ] = None,
     distances: Annotated[
-        bool, Parameter(negative="", help="Record every distance beside kappa; takes several times as long.")
+        bool, Parameter(negative="", help="Record every distance, not only kappa. This takes several times as long.")
     ] = False,
     distance: Annotated[
-        list[str] | None, Parameter(negative="", help="Record this distance beside kappa; several times.")
+        list[str] | None, Parameter(negative="", help="Record this distance too. Repeat the option for more.")
     ] = None,
     processes: Annotated[
         int | None,
         Whole,
-        Parameter(help="Processes that work at once; if not said: one per core, and one with --questions."),
+        Parameter(help="How many processes work at once. Default: one per core, or one with --questions."),
     ] = None,
-    ray: Annotated[bool, Parameter(negative="", help="Work on a Ray cluster (RAY_ADDRESS, or this machine).")] = False,
-    compact: Annotated[bool, Parameter(negative="", help="Put all records into one file at the end.")] = False,
+    ray: Annotated[
+        bool, Parameter(negative="", help="Work on the Ray cluster that RAY_ADDRESS names, or on this machine.")
+    ] = False,
+    compact: Annotated[bool, Parameter(negative="", help="Join all records into one file at the end.")] = False,
 ) -> None:
     """Measure pruners at several budgets on many questions, and keep a record of every answer.
 
-    Everybody answers the same questions in the same order. The sweep may be stopped at any moment, also by `kill -9`:
-    the same command goes on where it was, and one with more pruners or budgets measures only what is missing.
+    All pruners answer the same questions in the same order. You may stop the sweep at any moment, even with `kill -9`:
+    the same command continues where it was. A command with more pruners or budgets measures only what is missing.
     `dcp-prune report` draws tables and figures from the records.
     """
     from dcp_prune.testbed.seeds import HELD_OUT

@@ -32,43 +32,49 @@ COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 def validate(
     *,
     pruner: Annotated[
-        list[str] | None, Parameter(negative="", help="As for sweep; several times; if not said: none, dcp, random.")
+        list[str] | None, Parameter(negative="", help="As for sweep. Repeat the option. Default: none, dcp, random.")
     ] = None,
     num_tokens: Annotated[
         list[str] | None,
         Budgets,
-        Parameter(help="As for sweep: visual tokens to keep, with commas between them; if not said: 16."),
+        Parameter(help="As for sweep: numbers of visual tokens to keep, separated by commas. Default: 16."),
     ] = None,
-    model: Annotated[str | None, Parameter(help="testbed, a model's folder, or its hub name.")] = None,
+    model: Annotated[str | None, Parameter(help="testbed, or a model by its folder or hub name.")] = None,
     checkpoint: Annotated[
-        str, Parameter(help="Instead of a model, as for sweep: natural, weak, aligned, or a folder.")
+        str, Parameter(help="As for sweep, instead of a model: natural, weak, aligned, or a folder.")
     ] = "natural",
-    task: Annotated[list[str] | None, Parameter(negative="", help="Testbed: as for sweep; several times.")] = None,
+    task: Annotated[
+        list[str] | None, Parameter(negative="", help="Testbed: as for sweep. Repeat the option for more tasks.")
+    ] = None,
     tasks: Annotated[
-        str | None, Parameter(help="Benchmarks of lmms-eval with commas between them, such as gqa,mme,pope.")
+        str | None, Parameter(help="Benchmarks of lmms-eval, separated by commas, such as gqa,mme,pope.")
     ] = None,
     questions: Annotated[Path | None, Parameter(help="As for sweep: a JSONL file instead of the testbed.")] = None,
-    output: Annotated[Path | None, Parameter(help="Folder of the records.")] = None,
-    limit: Annotated[int | None, Whole, Parameter(help="How many questions; if not said: 1000 of the testbed.")] = None,
-    batch_size: Annotated[int, Whole, Parameter(help="Prompts at once.")] = 8,
-    max_new_tokens: Annotated[int, Whole, Parameter(help="Of an answer.")] = 16,
+    output: Annotated[Path | None, Parameter(help="The folder of the records.")] = None,
+    limit: Annotated[
+        int | None, Whole, Parameter(help="How many questions to ask. Default: 1000 of the testbed.")
+    ] = None,
+    batch_size: Annotated[int, Whole, Parameter(help="How many questions to answer at once.")] = 8,
+    max_new_tokens: Annotated[int, Whole, Parameter(help="The longest answer, in tokens.")] = 16,
     processes: Annotated[
-        int | None, Whole, Parameter(help="As for sweep: processes at once; if not said: one per core.")
+        int | None, Whole, Parameter(help="As for sweep: how many processes work at once. Default: one per core.")
     ] = None,
     difficulty: Annotated[
         Literal["standard", "crowded", "cluttered"], Parameter(help="Testbed: as for sweep.")
     ] = "standard",
     seed_range: Annotated[str | None, Parameter(help="Testbed: as for sweep.")] = None,
     distances: Annotated[bool, Parameter(negative="", help="As for sweep.")] = False,
-    distance: Annotated[list[str] | None, Parameter(negative="", help="As for sweep; several times.")] = None,
+    distance: Annotated[
+        list[str] | None, Parameter(negative="", help="As for sweep. Repeat the option for more.")
+    ] = None,
     ray: Annotated[bool, Parameter(negative="", help="As for sweep.")] = False,
     compact: Annotated[bool, Parameter(negative="", help="As for sweep.")] = False,
     json: Json = None,
 ) -> None:
-    """Check a planned run before hours are spent: put `validate` where `sweep` stands, or name benchmarks.
+    """Check a planned run before it costs hours: write `validate` instead of `sweep`, or name benchmarks.
 
-    Looks for the model and whether its files are complete, its adapter, the signals that each pruner needs, budgets,
-    tasks, disk and memory. No weights are loaded. Leaves with exit code 1 if there is a problem.
+    It checks that the model is there and its files are complete, its adapter, the signals that each pruner needs,
+    budgets, tasks, disk and memory. It loads no weights. The exit code is 1 if there is a problem.
     """
     from dcp_prune.testbed.load import CHECKPOINTS, DEFAULT_CHECKPOINT, checkpoint_path
     from dcp_prune.testbed.worlds import world_of

@@ -16,38 +16,43 @@ from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 
 @app.command
 def vllm_args(
-    model: Annotated[str, Parameter(help="The folder of a model or its hub name; or testbed-weak.")],
+    model: Annotated[str, Parameter(help="A model by its folder or hub name, or testbed-weak.")],
     *,
     pruner: Annotated[
-        str, Parameter(help="Which pruner selects the tokens, with options if need be: dcp(text_weight=0.5).")
+        str, Parameter(help="The pruner that selects the tokens, with its options if you like: dcp(text_weight=0.5).")
     ] = "dcp",
     num_tokens: Annotated[
-        int, Whole, Parameter(help="Visual tokens to keep per image, and the most that a request may ask for.")
+        int, Whole, Parameter(help="Visual tokens to keep per image. A request may ask for fewer, not for more.")
     ] = DEFAULT_NUM_TOKENS,
     text_scope: Annotated[
         str,
-        Parameter(help="Which words the pruner reads: turn, prompt, or none (images are cached as in stock vLLM)."),
+        Parameter(help="Which words the pruner reads: turn, prompt, or none (which caches images as stock vLLM does)."),
     ] = "turn",
     turn_end: Annotated[
-        str | None, Text, Parameter(help="What ends a turn, where the chat template does not say it: 'ASSISTANT:'.")
+        str | None,
+        Text,
+        Parameter(help="What ends a turn, if the chat template does not say it, such as 'ASSISTANT:'."),
     ] = None,
-    max_images_per_batch: Annotated[int, Whole, Parameter(help="Images that the vision encoder sees at once.")] = 16,
+    max_images_per_batch: Annotated[
+        int, Whole, Parameter(help="How many images the vision encoder sees at once.")
+    ] = 16,
     stage1_cache_mb: Annotated[
-        int, Whole, Parameter(help="Megabytes of encoded images that are kept for another question.")
+        int, Whole, Parameter(help="Megabytes of encoded images to keep for further questions.")
     ] = 256,
     request_budgets: Annotated[
-        bool, Parameter(negative=(), help="Let requests over HTTP ask for less in mm_processor_kwargs.")
+        bool, Parameter(negative=(), help="Let HTTP requests ask for fewer tokens in mm_processor_kwargs.")
     ] = False,
     metrics: Annotated[
-        bool, Parameter(negative=(), help="Report kappa, re-selections, cache hits and times at /metrics as well.")
+        bool, Parameter(negative=(), help="Also report kappa, re-selections, cache hits and times at /metrics.")
     ] = False,
     architecture: Annotated[
-        str | None, Parameter(help="Class of the model, where its config cannot be read here.")
+        str | None, Parameter(help="The class of the model, if its config cannot be read here.")
     ] = None,
 ) -> None:
-    """Print the command that serves a model with vLLM, pruned.
+    """Print the command that serves a model with vLLM and a pruner.
 
-    It needs this package and vLLM in the same environment. Paste it into a shell, and add options of vLLM at its end.
+    The command needs this package and vLLM in the same environment. Paste it into a shell, and add options of vLLM at
+    its end.
     """
     from dcp_prune.assistant import TESTBED_MODELS
     from dcp_prune.eval.specs import QUESTION, parse_spec
