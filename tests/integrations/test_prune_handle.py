@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -369,6 +370,24 @@ def test_the_image_text_pipeline_answers_a_chat_and_a_batch(model: Any, processo
         answers = pipe(text=[chat, chat], max_new_tokens=3, batch_size=2, return_full_text=False)
     texts = [each[0]["generated_text"] if isinstance(each, list) else each["generated_text"] for each in answers]
     assert texts == [answer["generated_text"]] * 2
+
+
+def test_a_model_that_was_saved_while_attached_prunes_on_its_own(make_inputs: MakeInputs) -> None:
+    inputs, file = make_inputs("<image> what is this"), io.BytesIO()
+    model: Any = build_model()  # once it ran unpruned, transformers hangs hooks on it that nobody can save
+    with prune(model, make_pruner("uniform", num_tokens=8)) as handle:
+        expected = new_tokens(model.generate(**inputs, max_new_tokens=3), inputs)
+        torch.save(model, file)
+        record = handle.last
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    twin = get_handle(loaded)
+    assert twin is not None
+    assert twin is not handle
+    assert twin.last.milliseconds.keys() == record.milliseconds.keys()
+    assert torch.equal(new_tokens(loaded.generate(**inputs, max_new_tokens=3), inputs), expected)
+    twin.remove()
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_a_deepcopy_prunes_on_its_own(model: Any, make_inputs: MakeInputs) -> None:

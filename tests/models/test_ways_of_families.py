@@ -14,7 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.transformers import prune
+from dcp_prune.models.packed import PackedTower
+from dcp_prune.models.pixtral import PixtralTower
 from dcp_prune.registry import make_pruner
 from quantised import QuantisedLinear, replace_linears
 
@@ -82,6 +85,35 @@ def test_questions_on_copies_of_one_cache_equal_each_from_scratch(family: Family
             text = {name: value for name, value in turn.items() if name not in family.adapter.image_inputs}
             assert torch.equal(generate(model, text, past_key_values=copy.deepcopy(cache)), expected)
             assert handle.last is record, "no image was pruned again"
+
+
+@pytest.mark.crossed("family", every=2, offset=0)
+def test_hooks_on_the_whole_tower_see_what_they_see_unpruned(family: Family, inputs: dict[str, Any]) -> None:
+    model = copy.deepcopy(family.model)
+    expected = answers(model, inputs)
+    seen: list[tuple[Any, ...]] = []
+
+    def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        pixels = given[0] if given else named["pixel_values"]
+        seen.append((len(given), pixels, output.last_hidden_state))
+
+    tower: Any = family.adapter.tower.module
+    names = {module: name for name, module in family.model.named_modules()}
+    model.get_submodule(names[tower]).register_forward_hook(look, with_kwargs=True)
+    if isinstance(family.adapter.tower, PackedTower | PixtralTower):
+        with pytest.raises(InvalidInputError, match="hooks on the vision tower, which would not be called"):
+            answers(model, inputs)
+        return
+    assert_same(answers(model, inputs), expected)
+    if family.modality == "video":
+        return  # whose frames the model itself takes in other batches
+    pruned, seen = seen, []
+    with torch.no_grad():
+        model(**inputs)
+    assert len(pruned) == len(seen) == 1
+    assert pruned[0][0] == seen[0][0], "by place or by name, as the model does it"
+    for one, other in zip(pruned[0][1:], seen[0][1:], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.crossed("family", every=2, offset=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
@@ -31,6 +32,7 @@ class Gemma3Adapter(PaliGemmaAdapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
+        self.tower = replace(self.tower, by_name=True)
         self.cell = model.model.multi_modal_projector.kernel_size
         """Side of a cell in patches."""
 
@@ -48,6 +50,6 @@ class Gemma3Adapter(PaliGemmaAdapter):
     ) -> EncodedImages:
         layouts = self.layouts(images) if layouts is None else layouts
         walk = self.tower.walk(images["pixel_values"], self.check_stages(stages), signals, lap)
-        features = self.model.model.multi_modal_projector(self.tower.module.post_layernorm(walk.encoder.features))
+        features = self.model.model.multi_modal_projector(walk.normed(self.tower.module.post_layernorm))
         cells = walk.merged(self.tower.grid(images["pixel_values"]), self.cell)
         return cells.encoded(features, layouts, with_encoder=bool(signals))

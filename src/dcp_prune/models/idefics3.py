@@ -39,7 +39,7 @@ class Idefics3Adapter(ModelAdapter):
     def __init__(self, model: Any) -> None:
         self.model = model
         tower = model.model.vision_model
-        self.tower = Tower(tower, len(tower.encoder.layers))
+        self.tower = Tower(tower, len(tower.encoder.layers), by_name=True)
         self.cell = model.config.scale_factor
         """Side of a cell in patches."""
 
@@ -79,7 +79,7 @@ class Idefics3Adapter(ModelAdapter):
         mask = torch.ones_like(pixels[:, 0]) if mask is None else mask[real]
         patches = mask.unfold(1, side, side).unfold(2, side, side).sum(dim=(-1, -2)) > 0
         walk = self.tower.walk(pixels, planned, signals, lap, patches)
-        features = self.model.model.connector(self.tower.module.post_layernorm(walk.encoder.features))
+        features = self.model.model.connector(walk.normed(self.tower.module.post_layernorm))
         cells = walk.merged(self.tower.grid(pixels), self.cell)
         return cells.encoded(features, layouts, with_encoder=bool(signals))
 

@@ -62,7 +62,9 @@ class InternVLAdapter(ModelAdapter):
     def __init__(self, model: Any) -> None:
         config, tower = model.config, model.model.vision_tower
         self.model = model
-        self.tower = InternVLTower(tower, feature_layers(config.vision_feature_layer, len(tower.encoder.layer)))
+        self.tower = InternVLTower(
+            tower, feature_layers(config.vision_feature_layer, len(tower.encoder.layer)), by_name=True
+        )
         self.cell = round(1 / config.downsample_ratio)
         """Side of a cell in patches."""
         if config.vision_feature_select_strategy != "default":
@@ -107,7 +109,7 @@ class InternVLAdapter(ModelAdapter):
         walk = self.tower.walk(pixels, planned, signals, lap)
         hidden = walk.encoder.features
         if self.model.config.vision_feature_layer == -1:
-            hidden = self.tower.module.layernorm(hidden)
+            hidden = walk.normed(self.tower.module.layernorm)
         grid = self.tower.grid(pixels)
         shuffled = inner.pixel_shuffle(hidden.unflatten(1, grid), scale_factor=self.model.config.downsample_ratio)
         features = inner.multi_modal_projector(shuffled.flatten(1, 2))

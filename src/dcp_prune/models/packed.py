@@ -20,7 +20,7 @@ from transformers.vision_utils import (
 )
 
 from dcp_prune.models.base import Reduction
-from dcp_prune.models.tower import Walk, packed_signals
+from dcp_prune.models.tower import Walk, packed_signals, refuse_hooks
 from dcp_prune.tokens import EncoderTokens, Signal, compose_assignments
 
 
@@ -140,6 +140,7 @@ class PackedTower:
             positions: (row, col) of each unit in its frame, for stages.
         """
         tower, plan = self.module, {stage.layer: stage for stage in stages}
+        refuse_hooks({"the vision tower": tower})
         pack = self._embed(pixel_values, grids)
         total = len(pack.order)
         captured: dict[str, Tensor] = {}

@@ -54,7 +54,7 @@ class PaliGemmaAdapter(ModelAdapter):
         if layouts is None:
             layouts = self.layouts(images)
         walk = self.tower.walk(images["pixel_values"], self.check_stages(stages), signals, lap)
-        features = self.model.model.multi_modal_projector(self.tower.module.post_layernorm(walk.encoder.features))
+        features = self.model.model.multi_modal_projector(walk.normed(self.tower.module.post_layernorm))
         return walk.encoded(features, layouts, with_encoder=bool(signals))
 
     def hand_over(

@@ -20,7 +20,7 @@ from transformers.models.pixtral.modeling_pixtral import (
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
 from dcp_prune.models.layout import ImageLayout, pad_images, plain_layout
-from dcp_prune.models.tower import feature_layers, merge_cells, packed_signals
+from dcp_prune.models.tower import feature_layers, merge_cells, packed_signals, refuse_hooks
 from dcp_prune.tokens import Signal
 
 
@@ -57,6 +57,7 @@ class PixtralTower:
             lap: as for `ModelAdapter.encode`.
         """
         tower = self.module
+        refuse_hooks({"the vision tower": tower, "its encoder": tower.transformer})
         grids = [(height // tower.patch_size, width // tower.patch_size) for height, width in sizes]
         lengths = [rows * cols for rows, cols in grids]
         weight = tower.patch_conv.weight

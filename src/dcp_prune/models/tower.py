@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_bidirectional_mask
 
-from dcp_prune.errors import UnsupportedModelError
+from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.functional.attention import cls_attention_row, folded_cls_attention_row, received_attention
 from dcp_prune.models.base import EncodedImages, Reduction
 from dcp_prune.models.layout import ImageLayout, join_images
@@ -30,6 +30,7 @@ class Walk:
         assignment: original patch -> slot that absorbed it, -1 if it was dropped. `t N`.
         stages, stage_stats, stage_tokens: as in `EncodedImages`.
         prefix: [CLS], and registers behind it, as they leave the feature layer; None where there are none. `t p v`.
+        output: what the tower itself handed on, where hooks made it run as a whole. `t m v`.
     """
 
     encoder: EncoderTokens
@@ -38,6 +39,11 @@ class Walk:
     stage_stats: tuple[Mapping[str, Tensor], ...]
     stage_tokens: tuple[int, ...]
     prefix: Float[Tensor, "t p v"] | None = None
+    output: Float[Tensor, "t m v"] | None = None
+
+    def normed(self, norm: Callable[[Tensor], Tensor]) -> Float[Tensor, "t n v"]:
+        """Features behind the norm with which the tower ends."""
+        return norm(self.encoder.features) if self.output is None else self.output
 
     def merged(self, grid: tuple[int, int], size: int) -> Walk:
         """With cells of size x size patches in the place of patches, where the projector makes one token of each.
@@ -113,11 +119,13 @@ class Tower:
         num_layers: layers up to and including the feature layer.
         over_all_heads: makes a mean over the heads of this process one over all heads, where tensor parallelism spreads
             them over several; None where they are all here.
+        by_name: whether the model hands pixels to the tower as `pixel_values=`.
     """
 
     module: Any
     num_layers: int
     over_all_heads: Callable[[Tensor], Tensor] | None = None
+    by_name: bool = False
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -159,12 +167,23 @@ class Tower:
 
         Args:
             real: False marks patches that pad a tile, where the tower's embeddings and layers take such a mask.
+
+        Raises:
+            InvalidInputError: there are stages, and hooks that ask for the whole tower.
         """
         plan = {stage.layer: stage for stage in stages}
         prefix = self.num_prefix_tokens
         embeddings = self.module.embeddings
         weight = self.patch_weight
         pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
+        hooked = hooked_modules({"the vision tower": self.module, "its encoder": self.module.encoder})
+        if hooked and plan:
+            raise InvalidInputError(
+                f"there are hooks on {' and '.join(hooked)}, which run only where it runs as a whole, and this pruner "
+                "drops tokens inside it; remove the hooks, or choose a pruner without stages in the encoder"
+            )
+        if hooked:
+            return self._run_whole(pixels, signals, lap, real)
         hidden = embeddings(pixels) if real is None else embeddings(pixels, real.to(pixels.device))
         if hasattr(self.module, "pre_layrnorm"):
             hidden = self.module.pre_layrnorm(hidden)
@@ -216,6 +235,35 @@ class Tower:
         first = hidden[:, :prefix] if prefix else None
         return Walk(encoder, assignment, tuple(plan.values()), tuple(stats), tuple(widths), first)
 
+    def _run_whole(
+        self,
+        pixels: Float[Tensor, "t c y x"],
+        signals: AbstractSet[Signal],
+        lap: Callable[[str], None],
+        real: Bool[Tensor, "t rows cols"] | None,
+    ) -> Walk:
+        """`walk` by the tower's own `forward`, which calls every hook with what the model itself would give it."""
+        prefix = self.num_prefix_tokens
+        masks = {} if real is None else {"patch_attention_mask": real.to(pixels.device)}
+        given, named = ((), {"pixel_values": pixels}) if self.by_name else ((pixels,), {})
+        output = self.module(*given, **named, **masks, output_hidden_states=True, return_dict=True)
+        before, hidden = output.hidden_states[self.num_layers - 1 : self.num_layers + 1]
+        mask = None
+        if real is not None:
+            mask = real.flatten(1).to(hidden.device)
+            mask = None if self._attention_mask(before, prefix, mask) is None else mask
+        lap("encode")
+        captured: dict[str, Any] = _capture(
+            *self.attention(self.layers[self.num_layers - 1]), before, prefix, signals, mask
+        )
+        if self.over_all_heads is not None:
+            captured = {name: self.over_all_heads(mean) for name, mean in captured.items()}
+        lap("select")
+        blank = VisualTokens.from_features(hidden[:, prefix:], grid=self.grid(pixels))
+        encoder = EncoderTokens(hidden[:, prefix:], blank.positions, blank.indices, mask=mask, **captured)
+        first, last = hidden[:, :prefix] if prefix else None, output.last_hidden_state[:, prefix:]
+        return Walk(encoder, blank.assignment, (), (), (), first, last)
+
     def _attention_mask(self, hidden: Float[Tensor, "b m v"], prefix: int, mask: Bool[Tensor, "b n"]) -> Any:
         """What keeps the layers from attending to padding, in the form of their attention implementation."""
         config = self.module.config
@@ -227,6 +275,31 @@ class Tower:
                 "images that keep different numbers of tokens need; encode them one by one, or use 'sdpa'"
             )
         return found
+
+
+def hooked_modules(modules: Mapping[str, Any]) -> list[str]:
+    """Names of those that somebody hung a hook on; what transformers hangs there to collect outputs does not count."""
+
+    def hooked(module: Any) -> bool:
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        hooks = [hook for kind in kinds for hook in getattr(module, kind, {}).values()]
+        return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+    return [name for name, module in modules.items() if hooked(module)]
+
+
+def refuse_hooks(modules: Mapping[str, Any]) -> None:
+    """For towers of which some modules are never called.
+
+    Raises:
+        InvalidInputError: somebody hung a hook on one of these.
+    """
+    hooked = hooked_modules(modules)
+    if hooked:
+        raise InvalidInputError(
+            f"there are hooks on {' and '.join(hooked)}, which would not be called while pruning; hang them on single "
+            "layers, or remove them"
+        )
 
 
 @dataclass(frozen=True)
