@@ -53,7 +53,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> LoadedImage
     if not path.exists():
         raise InvalidInputError(f"the image {path} does not exist; give the path of a local file")
     if not path.is_file():
-        raise InvalidInputError(f"{path} is no file; give the path of an image file")
+        raise InvalidInputError(f"{path} is not a file; give the path of an image file")
     try:
         with path.open("rb") as file:
             return decode_image(file, path.name, max_pixels=max_pixels, called=str(path))
@@ -89,7 +89,9 @@ def decode_image(file: BinaryIO, name: str, *, max_pixels: int = MAX_PIXELS, cal
     except InvalidInputError:
         raise
     except UnidentifiedImageError:
-        raise InvalidInputError(f"{called} is no image that can be read; give a PNG, JPEG, WebP, GIF or TIFF") from None
+        raise InvalidInputError(
+            f"{called} is not an image that can be read; give a PNG, JPEG, WebP, GIF or TIFF"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
         raise _too_large(called) from None
     except Exception as error:  # a decoder may raise anything on a damaged file, and each has its own kinds

@@ -86,7 +86,7 @@ def test_bad_images_are_refused(dcp_prune: Run, tmp_path_factory: pytest.TempPat
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     Image.effect_noise((64, 64), 50).save(folder / "cut.png")
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:900])
-    causes = (("text", "no image"), ("dot", "1 x 1"), ("cut", "truncated"), ("gone", "does not exist"))
+    causes = (("text", "not an image"), ("dot", "1 x 1"), ("cut", "truncated"), ("gone", "does not exist"))
     for name, cause in causes:
         _refused(dcp_prune("run", "--image", folder / f"{name}.png", *ASK), cause)
         _refused(dcp_prune("inspect", "--image", folder / f"{name}.png", *ASK), cause)

@@ -94,9 +94,9 @@ def test_several_pruners_share_the_error(ask: Run) -> None:
         ("q.txt", " \n\n", "holds no question"),
         ("q.txt", "what ?\nwho ?\nwhat ?\n", "line 3: the question repeats line 1"),
         ("q.txt", "what ?\nwhat is <image> ?\n", "line 2: the question holds <image>"),
-        ("q.txt", b"what ?\n\xff\xfe\n", "line 2: this is no UTF-8"),
-        ("q.jsonl", _line("0.png", "what ?") + "\n{nonsense}\n", "line 2 is no valid JSON"),
-        ("q.jsonl", "what ?\n", "line 1 is no valid JSON"),
+        ("q.txt", b"what ?\n\xff\xfe\n", "line 2: this is not UTF-8"),
+        ("q.jsonl", _line("0.png", "what ?") + "\n{nonsense}\n", "line 2 is not valid JSON"),
+        ("q.jsonl", "what ?\n", "line 1 is not valid JSON"),
         ("q.jsonl", "[1]\n", "line 1 holds a list, not an object with image, question"),
         ("q.jsonl", '\n{"image": "0.png"}\n', "line 2 has no question; it must be a text"),
         ("q.jsonl", '{"question": "what ?"}\n', "line 1 has no image; it must be a text"),
@@ -124,7 +124,7 @@ def test_questions_that_cannot_be_used_are_refused_by_line(
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (("--num-tokens", "16,many"), "whole numbers with commas"),
+        (("--num-tokens", "16,many"), "whole numbers separated by commas"),
         (("--num-tokens", "0"), "at least 1"),
         (("--num-tokens", "1.5"), "whole numbers"),
         (("--keep", "1"), "below 1"),

@@ -194,7 +194,7 @@ def test_a_hub_model_is_judged_by_its_config_and_its_download_by_the_disk(
         (("--pruner", "dcp(colour=1)"), "pruner dcp(colour=1)", "has no option 'colour'"),
         (("--pruner", "random@wrong"), "pruner random@wrong", "does not read the question"),
         (("--pruner", "cdpruner"), "pruner cdpruner", "CDPruner needs clip_similarity"),
-        (("--pruner", "dcp(max_distance=0.4)"), "pruner dcp(max_distance=0.4)", "no range that it picks from"),
+        (("--pruner", "dcp(max_distance=0.4)"), "pruner dcp(max_distance=0.4)", "no range to pick from"),
         (("--pruner", "mmtok(num_tokens=(4,8))"), "pruner mmtok(num_tokens=(4,8))", "which all pruners share"),
         (("--pruner", "dcp(schedule=((10, 100),))"), "pruner dcp(schedule=((10, 100),))", "at 16 tokens: schedule"),
         (("--num-tokens", "600"), "budget", "600 prunes nothing: that is more than"),

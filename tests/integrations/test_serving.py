@@ -113,8 +113,8 @@ def test_the_responses_api_answers_too(running: Running) -> None:
 @pytest.mark.parametrize(
     ("part", "cause"),
     [
-        (shown("data:image/png;base64,bm8gaW1hZ2U="), "the image at data:image/png;base64 is no image"),
-        (shown(encode(make_image(1))["image_url"]["url"][:3001]), "cannot be read: what follows is no base64"),
+        (shown("data:image/png;base64,bm8gaW1hZ2U="), "the image at data:image/png;base64 is not an image"),
+        (shown(encode(make_image(1))["image_url"]["url"][:3001]), "cannot be read: what follows is not base64"),
         (shown(encode(make_image(1))["image_url"]["url"][:1502]), "the file is truncated or damaged"),
         (shown("http://no.such.host.invalid/x.png"), "the image at http://no.such.host.invalid/x.png cannot be read"),
         (shown("http://127.0.0.1:9/x.png"), "the image at http://127.0.0.1:9/x.png is not fetched"),

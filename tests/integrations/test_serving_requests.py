@@ -406,7 +406,7 @@ def test_an_address_without_a_picture_is_refused(running: Running, status: int) 
 def test_addresses_that_are_not_public_are_not_asked(host: str) -> None:
     with others(lambda handler: give(handler, b"")) as (url, asked):
         address = url.replace("127.0.0.1", host)
-        with pytest.raises(InvalidInputError, match=r"no public address.*--allow-private-addresses|cannot be read"):
+        with pytest.raises(InvalidInputError, match=r"not a public address.*--allow-private-addresses|cannot be read"):
             asyncio.run(pictures.fetch([address], LIMITS))
         assert asked == []
 
@@ -416,7 +416,7 @@ def test_a_public_address_cannot_send_the_server_to_a_private_one(monkeypatch: p
     with others(lambda handler: give(handler, b"secret")) as (private, asked):
         there = private.replace("127.0.0.1", "127.0.0.2")
         with others(lambda handler: give(handler, b"", 302, Location=there)) as (url, first):
-            with pytest.raises(InvalidInputError, match=r"127\.0\.0\.2 is no public address"):
+            with pytest.raises(InvalidInputError, match=r"127\.0\.0\.2 is not a public address"):
                 asyncio.run(pictures.fetch([url], LIMITS))
             assert first == ["/"]
     assert asked == []

@@ -109,7 +109,7 @@ def test_built_in_names_cannot_be_replaced(foreign: list[EntryPoint]) -> None:
     [
         ("foo_gone:FooAdapter", r"'foo_gone:FooAdapter', which cannot be imported: No module named"),
         ("foo_pruning:Gone", r"'foo_pruning:Gone', which cannot be imported: .+ has no attribute"),
-        ("foo_pruning:Tower", r"'foo_pruning:Tower', which is no subclass of ModelAdapter; correct"),
+        ("foo_pruning:Tower", r"'foo_pruning:Tower', which is not a subclass of ModelAdapter; correct"),
     ],
 )
 def test_an_entry_point_that_leads_to_no_adapter_is_named(

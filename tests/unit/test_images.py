@@ -143,16 +143,16 @@ def _bomb(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "cause"),
     [
-        (_text, "no image"),
-        (_empty, "no image"),
+        (_text, "not an image"),
+        (_empty, "not an image"),
         (_truncated, "truncated"),
         (_truncated_jpeg, "truncated"),
         (_dot, "1 x 1 pixels"),
         (_nan, "NaN"),
         (_bomb, "too many pixels"),
         (_bomb_of_a_limit_lifted, "too many pixels"),
-        (_postscript, "no image"),
-        (Path.mkdir, "no file"),
+        (_postscript, "not an image"),
+        (Path.mkdir, "not a file"),
         (lambda path: None, "does not exist"),
     ],
 )

@@ -58,14 +58,14 @@ def test_marks_and_separators_of_unicode_end_no_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"id": "a", ', "line 2 is no valid JSON"),
+        ('{"id": "a", ', "line 2 is not valid JSON"),
         ("[1, 2]", "line 2 holds a list"),
         (_line(1, image="none.png"), r"line 2: there is no image .*none\.png"),
-        (_line(1, image="mine.jsonl"), "line 2: .*is no image"),
+        (_line(1, image="mine.jsonl"), "line 2: .*is not an image"),
         (_line(1, image="x" * 5000), r"line 2: there is no image .*xxx\.\.\."),
         (_line(1, image="a\0.png"), "line 2: there is no image"),
-        (_line(1, image="\ud800.png"), "line 2 is no valid JSON"),
-        ('{"id": ' + "[" * 100_000, "line 2 is no valid JSON"),
+        (_line(1, image="\ud800.png"), "line 2 is not valid JSON"),
+        ('{"id": ' + "[" * 100_000, "line 2 is not valid JSON"),
         (_line(1, question="x" * 60_000), "line 2: question has 60,000 characters"),
         (_line(1, image=""), "line 2: image is empty"),
         (_line(1, question=3), "line 2: question must be a text, got 3"),

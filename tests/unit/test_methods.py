@@ -60,9 +60,9 @@ def test_a_bare_name_is_a_spec() -> None:
         ("dcp(num_tokens=(4,8))", "sets num_tokens.*or max_distance beside a range"),
         (
             "dcp(max_distance=0.1)",
-            r"no range that it picks from; write .* dcp\(max_distance=0.05,num_tokens=\(8,128\)\)",
+            r"no range to pick from; write .* dcp\(max_distance=0.05,num_tokens=\(8,128\)\)",
         ),
-        ("dcp(max_distance=0.1,num_tokens=4)", "no range that it picks from"),
+        ("dcp(max_distance=0.1,num_tokens=4)", "no range to pick from"),
         ("none@wrong", "selects nothing"),
         ("none(a=1)", "no pruner is named|selects nothing"),
     ],

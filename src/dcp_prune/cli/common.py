@@ -74,7 +74,7 @@ def whole_numbers(given: list[str]) -> list[int]:
             budgets[int(text)] = None
         except ValueError:
             raise InvalidInputError(
-                f"--num-tokens takes whole numbers with commas between them, such as 16,32,64; got {text!r}"
+                f"--num-tokens takes whole numbers separated by commas, such as 16,32,64; got {text!r}"
             ) from None
     return list(budgets)
 

@@ -103,7 +103,9 @@ def sweep(
             "--tiles are for pictures of the testbed; with --questions, the model cuts its own tiles"
         )
     if (questions is None) != (model is None):
-        raise InvalidInputError("--questions and --model belong together: a file of questions, and who answers them")
+        raise InvalidInputError(
+            "--questions and --model belong together: a file of questions, and the model that answers them"
+        )
     if questions is not None:
         from dcp_prune.eval.data.files import text_lines
 

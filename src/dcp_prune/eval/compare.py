@@ -138,12 +138,12 @@ def check_method(method: Method) -> None:
         InvalidInputError: it prunes nothing, reads another text than the question, or has no fixed budget.
     """
     if method.pruner is None:
-        raise InvalidInputError("all tokens, and no image, are no pruner to compare; name one, such as dcp")
+        raise InvalidInputError("all tokens and no image are not pruners to compare; name one, such as dcp")
     if method.text != QUESTION:
         raise InvalidInputError(f"{method.name}: leave out @{method.text}; the pruner reads the question that is asked")
     if method.is_adaptive:
         raise InvalidInputError(
-            f"{method.name}: the smallest budget is looked for among fixed ones; leave out max_distance and the range"
+            f"{method.name}: compare searches among fixed budgets; leave out max_distance and the range"
         )
 
 

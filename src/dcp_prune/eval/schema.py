@@ -32,7 +32,7 @@ def _sentence(kind: TypeAdapter[Any], invalid: ValidationError) -> str:
     first = invalid.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     if first["type"] == "json_invalid":
-        return f" is no valid JSON ({first['ctx']['error']})"  # type: ignore[typeddict-item]
+        return f" is not valid JSON ({first['ctx']['error']})"  # type: ignore[typeddict-item]
     if not path:
         found = type(first["input"]).__name__
         return f" holds {_KINDS.get(found, 'a number')}, not an object with {', '.join(_descriptions(kind))}"

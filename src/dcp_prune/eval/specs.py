@@ -160,7 +160,7 @@ def parse_spec(text: str) -> Spec:
     if "max_distance" in options:
         if not is_range(options.get("num_tokens")):
             raise InvalidInputError(
-                f"{label!r} has a bound and no range that it picks from; write the range as well, as in "
+                f"{label!r} has a bound but no range to pick from; write the range as well, as in "
                 f"{name}(max_distance=0.05,num_tokens=(8,128))"
             )
     elif budget:

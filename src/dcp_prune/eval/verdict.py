@@ -77,7 +77,7 @@ def check_keep(keep: float) -> None:
     """
     if not 0 < keep < 1:
         raise InvalidInputError(
-            f"the wanted agreement must be a share above 0 and below 1, got {keep}; no number of questions shows 1"
+            f"the wanted agreement must be a share above 0 and below 1, got {keep}; no number of questions can prove 1"
         )
 
 

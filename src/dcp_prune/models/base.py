@@ -353,8 +353,8 @@ def adapter_class(architecture: str) -> type[ModelAdapter]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, ModelAdapter)):
         raise UnsupportedModelError(
-            f"the adapter of {architecture} is registered as {target!r}, which is no subclass of ModelAdapter; correct "
-            f"the entry point {ENTRY_POINT_GROUP!r} of its package"
+            f"the adapter of {architecture} is registered as {target!r}, which is not a subclass of ModelAdapter; "
+            f"correct the entry point {ENTRY_POINT_GROUP!r} of its package"
         )
     return found
 

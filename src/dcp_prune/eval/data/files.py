@@ -27,7 +27,7 @@ def _can_be_asked(text: str) -> str:
     if MARKER in _not_blank(text):
         raise ValueError(f"holds {MARKER}; take it out, the image is added for you")
     if len(text) > LONGEST_QUESTION:
-        raise ValueError(f"has {len(text):,} characters; {LONGEST_QUESTION:,} are the most that is asked")
+        raise ValueError(f"has {len(text):,} characters; {LONGEST_QUESTION:,} are the most")
     return text
 
 
@@ -69,7 +69,7 @@ def text_lines(path: Path) -> list[tuple[int, str]]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise InvalidInputError(f"{path}, line {line}: this is no UTF-8 text; save the file as UTF-8") from None
+        raise InvalidInputError(f"{path}, line {line}: this is not UTF-8 text; save the file as UTF-8") from None
     # Only these end a line: U+2028 may stand inside a JSON text. Files that were put together have several BOMs.
     stripped = (line.strip().removeprefix("\ufeff").strip() for line in text.split("\n"))
     lines = [(number, line) for number, line in enumerate(stripped, 1) if line]
@@ -117,4 +117,4 @@ def check_image(image: Path, place: str, folder: Path) -> None:
     try:
         Image.open(image).close()
     except Exception:  # Pillow's parsers raise kinds of their own on broken files
-        raise InvalidInputError(f"{place}: {image} is no image that can be read") from None
+        raise InvalidInputError(f"{place}: {image} is not an image that can be read") from None

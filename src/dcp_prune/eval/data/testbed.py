@@ -163,12 +163,12 @@ def answer_id(tokenizer: Any, answer: str) -> int:
     """The token of a one-word answer.
 
     Raises:
-        InvalidInputError: it is no single token of this model.
+        InvalidInputError: it is not a single token of this model.
     """
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise InvalidInputError(
-            f"the answer {answer!r} is no single token of this model; use one trained on the testbed's words"
+            f"the answer {answer!r} is not a single token of this model; use one trained on the testbed's words"
         )
     return ids[0]
 
@@ -187,6 +187,6 @@ def split_name(seeds: Sequence[int]) -> str:
         raise InvalidInputError(str(error)) from None
     if first != last:
         raise InvalidInputError(
-            f"seeds {seeds[0]} to {seeds[-1]} reach from the {first} into the {last} split; stay within one"
+            f"seeds {seeds[0]} to {seeds[-1]} reach from the {first} into the {last} split; choose seeds of one split"
         )
     return first

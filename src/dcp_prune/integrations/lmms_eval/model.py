@@ -96,7 +96,7 @@ class PrunedLlava(lmms):
             self.processor: Any = AutoProcessor.from_pretrained(pretrained, revision=revision, trust_remote_code=False)
             if getattr(self.processor, "chat_template", None) is None:
                 raise InvalidInputError(
-                    f"the processor of {pretrained} has no chat template, so nothing says how this model is asked; "
+                    f"the processor of {pretrained} has no chat template, so it is unknown how to ask this model; "
                     "save one beside it as chat_template.jinja"
                 )
             self.system_prompt = self._resolve_system_prompt(system_prompt)

@@ -209,7 +209,7 @@ def read_json(data: bytes, limits: Limits) -> dict[str, Any]:
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"the body is no valid JSON ({_short(str(error), 100)})") from None
+        raise InvalidInputError(f"the body is not valid JSON ({_short(str(error), 100)})") from None
     if not isinstance(body, dict):
         raise InvalidInputError(f"the body must be a JSON object, got {_short(body)}")
     return body
@@ -233,7 +233,7 @@ def check(kind: type[Body], body: dict[str, Any], limits: Limits) -> Body:
         if not text.startswith("data:image/"):
             length += len(text)
         if any("\ud800" <= letter <= "\udfff" for letter in text[: limits.text]):
-            raise InvalidInputError("a text holds half a character (a lone surrogate), which is no valid Unicode")
+            raise InvalidInputError("a text holds half a character (a lone surrogate), which is not valid Unicode")
     if length > limits.text:
         raise InvalidInputError(f"the request holds {length:,} characters of text; {limits.text:,} are the most")
     return asked

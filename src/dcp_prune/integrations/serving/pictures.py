@@ -78,7 +78,7 @@ def decode(urls: Sequence[str], fetched: Sequence[bytes], limits: Limits) -> tup
             try:
                 data = base64.b64decode(url.partition(",")[2], validate=True)
             except (binascii.Error, ValueError):
-                raise InvalidInputError(f"{called[:200]} cannot be read: what follows is no base64") from None
+                raise InvalidInputError(f"{called[:200]} cannot be read: what follows is not base64") from None
         loaded = decode_image(io.BytesIO(data), called[:200], max_pixels=left)
         left -= loaded.image.width * loaded.image.height
         images.append(loaded.image)
@@ -108,8 +108,8 @@ class _PublicOnly(httpx2.AsyncHTTPTransport):
         addresses = [str(each[4][0]) for each in found]
         if not all(is_public(address) for address in addresses):
             raise InvalidInputError(
-                f"the image at {str(request.url)[:200]} is not fetched: {host} is no public address; send the picture "
-                "itself, or start the server with --allow-private-addresses"
+                f"the image at {str(request.url)[:200]} is not fetched: {host} is not a public address; send the "
+                "picture itself, or start the server with --allow-private-addresses"
             )
         extensions: dict[str, Any] = {**request.extensions, "sni_hostname": host}
         return await super().handle_async_request(

@@ -78,7 +78,7 @@ class Settings:
         pruner = self.make_pruner()
         if pruner.joint:
             raise InvalidInputError(
-                f"pruner {self.pruner!r} lets the images of a batch bear on each other, and vLLM batches images of "
+                f"pruner {self.pruner!r} makes the images of a batch depend on each other, and vLLM batches images of "
                 "different requests; leave out the option that does so"
             )
         if self.text_scope == "none" and Signal.TEXT in pruner.requires:

@@ -109,7 +109,7 @@ def view_tower(model: Any) -> Any:
     tower = getattr(model.vision_tower, "vision_model", None)
     if tower is None:
         raise UnsupportedModelError(
-            f"the vision tower {type(model.vision_tower).__name__} is no CLIP encoder with a [CLS] token, the only "
+            f"the vision tower {type(model.vision_tower).__name__} is not a CLIP encoder with a [CLS] token, the only "
             f"kind of tower of {', '.join(model.config.architectures)} that can be pruned so far"
         )
     return TowerView(tower)
