@@ -119,6 +119,26 @@ def test_positions_that_the_caller_gives_are_kept(family: Qwen2VL) -> None:
     assert torch.equal(short.tensors["position_ids"][1:, real], gathered[:, real])
 
 
+def test_samples_packed_by_the_count_of_tokens_do_not_see_each_other(family: Qwen2VL) -> None:
+    samples = [
+        family.make_inputs([prompt], [make_picture(number, (90, 90))])
+        for number, prompt in enumerate((PROMPT, "where <image> is the cat"))
+    ]
+    for each in samples:
+        count = torch.arange(each["input_ids"].shape[1]).expand(1, 1, -1)
+        each["position_ids"] = torch.cat((count, true_axes(family, each)))
+        del each["attention_mask"]
+    packed = {
+        name: torch.cat([each[name] for each in samples], dim=dim)
+        for name, dim in (("input_ids", 1), ("mm_token_type_ids", 1), ("position_ids", 2))
+    }
+    packed |= {name: torch.cat([each[name] for each in samples]) for name in ("pixel_values", "image_grid_thw")}
+    with prune(copy.deepcopy(family.model), make_pruner("uniform", num_tokens=6)) as handle, torch.no_grad():
+        alone = torch.cat([handle.model(**each, use_cache=False).logits for each in samples], dim=1)
+        together = handle.model(**packed, use_cache=False).logits
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
 def test_positions_do_not_hang_on_token_types_that_the_caller_forgot(family: Qwen2VL) -> None:
     inputs = family.make_inputs([PROMPT], [make_picture(0, (90, 90))])
     pruner = make_pruner("random", num_tokens=6)

@@ -18,6 +18,7 @@ from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.integrations.transformers.cache import CachedPrompt, forget, is_pruned, recall, remember
 from dcp_prune.integrations.transformers.generation import for_short_prompt
 from dcp_prune.integrations.transformers.inputs import ShortInputs, shorten
+from dcp_prune.integrations.transformers.positions import Positions, check_positions
 from dcp_prune.integrations.transformers.prompt import put_columns
 from dcp_prune.integrations.transformers.question import FindWords, Question, Text, TextScope
 from dcp_prune.integrations.transformers.record import PruneRecord, warn_if_nothing_was_pruned
@@ -36,6 +37,7 @@ def prune(
     processor: Any = None,
     text_scope: TextScope | FindWords = "after_image",
     keep_markers: bool = False,
+    positions: Positions = "compact",
     on_record: Callable[[PruneRecord], object] | None = None,
     **options: Any,
 ) -> PruneHandle:
@@ -49,7 +51,7 @@ def prune(
         model: a model with an adapter, or a `PeftModel` around one.
         pruner: which tokens to keep, and how many; a `Pruner`, or the name of one with its options behind.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
-        text_scope, keep_markers: as for `prune_inputs`.
+        text_scope, keep_markers, positions: as for `prune_inputs`.
         on_record: told of every call with images as soon as they are pruned, in the thread of the call.
         options: of a pruner that is given by name, as for `make_pruner`; 16 tokens if they do not say how many.
 
@@ -66,6 +68,7 @@ def prune(
         processor=processor,
         text_scope=text_scope,
         keep_markers=keep_markers,
+        positions=positions,
         on_record=on_record,
     )
 
@@ -105,7 +108,7 @@ class PruneHandle:
     not touched.
 
     Attributes:
-        model, pruner, processor, text_scope, keep_markers, on_record: as given to `prune`.
+        model, pruner, processor, text_scope, keep_markers, positions, on_record: as given to `prune`.
         text: what text-aware pruners read instead of the prompt, in every call until it is None again; see
             `prune_inputs`.
         last: record of the latest call with images, by whatever thread; None before the first one.
@@ -119,6 +122,7 @@ class PruneHandle:
         processor: Any = None,
         text_scope: TextScope | FindWords = "after_image",
         keep_markers: bool = False,
+        positions: Positions = "compact",
         on_record: Callable[[PruneRecord], object] | None = None,
     ) -> None:
         attached = get_handle(model)
@@ -140,6 +144,8 @@ class PruneHandle:
         self.text_scope: TextScope | FindWords = text_scope
         Question(text_scope, processor=processor)  # refuses what cannot work before any call
         self.keep_markers = keep_markers
+        check_positions(model, positions)
+        self.positions: Positions = positions
         self.on_record = on_record
         self.last: PruneRecord | None = None
         videos = (adapter.video.image_inputs[0],) if adapter.video else ()
@@ -210,7 +216,7 @@ class PruneHandle:
         if all(call.get(name) is None for name in self._visual) and (
             torch.compiler.is_compiling() or not self._is_long_step(call)
         ):
-            return None
+            return None if torch.compiler.is_compiling() else self._place_step(call)
         return self._shorten_call(model, call)  # type: ignore[attr-defined]
 
     @torch.compiler.disable  # a compiled model begins behind it: what is chosen depends on data
@@ -224,11 +230,23 @@ class PruneHandle:
         if inputs.get("past_key_values") is None and inputs.get("use_cache", config.use_cache) and not model.training:
             # The model would make this cache itself; made here, it is recognised when the caller comes back with it.
             inputs["past_key_values"] = DynamicCache(config=config)
-        if short.next_position is not None:
+        if short.next_position is not None and inputs["position_ids"].ndim == 3:
             real = inputs.get("attention_mask", short.columns >= 0)
             get_adapter(model).rope_offset = short.next_position - real.sum(dim=1, keepdim=True)
         _running.set(short)
         return (), inputs
+
+    def _place_step(self, call: Mapping[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Positions of a plain call that continues a short prompt whose dropped tokens left gaps."""
+        cache, ids = call.get("past_key_values"), call.get("input_ids")
+        if self.positions == "compact" or call.get("position_ids") is not None or cache is None or ids is None:
+            return None
+        cached = recall(cache, len(ids), self._recent)
+        if cached is None or cached.next_position is None or get_adapter(self.model).rope_offset is not None:
+            return None
+        behind = int(cache.get_seq_length()) - cached.columns.shape[1]
+        steps = torch.arange(behind, behind + ids.shape[1], device=ids.device)
+        return (), {**call, "position_ids": cached.next_position.to(ids.device) + steps}
 
     def _after_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling() and kwargs.get("mm_encoder_outputs") is None:
@@ -278,6 +296,7 @@ class PruneHandle:
             self.pruner,
             question=Question(self.text_scope, self.text, self.processor),
             keep_markers=self.keep_markers,
+            positions=self.positions,
             cached=cached,
             whole_prompt=whole_prompt,
         )

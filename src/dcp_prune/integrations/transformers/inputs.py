@@ -24,6 +24,8 @@ from dcp_prune.integrations.transformers.images import (
 )
 from dcp_prune.integrations.transformers.markers import markers_of_dropped
 from dcp_prune.integrations.transformers.positions import (
+    Positions,
+    check_positions,
     counted_positions,
     next_position,
     rope_positions,
@@ -56,6 +58,7 @@ def prune_inputs(
     text_scope: TextScope | FindWords = "after_image",
     encoded: EncodedImages | None = None,
     keep_markers: bool = False,
+    positions: Positions = "compact",
 ) -> ShortInputs:
     """Inputs in, shorter inputs out; the model is left alone.
 
@@ -80,6 +83,9 @@ def prune_inputs(
             are then not needed. If its tokens carry a `text`, text-aware pruners read that.
         keep_markers: keep what marks rows and tiles of an image in the prompt, such as Pixtral's `[IMG_BREAK]`; it goes
             with the tokens that it marks otherwise.
+        positions: `compact` numbers what is left as if the dropped tokens had never been there; with `original`, every
+            token stays where it lay, and the dropped ones leave gaps. Models that place tokens along several axes
+            (Qwen-VL) keep the original places in any case.
 
     Raises:
         InvalidInputError: images and placeholders do not match, NaN or inf features, inputs that cannot be shortened.
@@ -89,7 +95,10 @@ def prune_inputs(
     train = model.training or inputs.get("labels") is not None
     with torch.set_grad_enabled(torch.is_grad_enabled() and train):
         question = Question(text_scope, text, processor)
-        short = shorten(model, inputs, pruner, question=question, encoded=encoded, keep_markers=keep_markers)
+        check_positions(model, positions)
+        short = shorten(
+            model, inputs, pruner, question=question, encoded=encoded, keep_markers=keep_markers, positions=positions
+        )
     warn_if_nothing_was_pruned(short.record)
     return short
 
@@ -160,13 +169,14 @@ def shorten(
     question: Question = Question(),  # noqa: B008
     encoded: EncodedImages | None = None,
     keep_markers: bool = False,
+    positions: Positions = "compact",
     cached: CachedPrompt | None = None,
     whole_prompt: bool = True,
 ) -> ShortInputs:
     """`prune_inputs` for a conversation that may have begun.
 
     Args:
-        model, inputs, pruner, encoded, keep_markers: as for `prune_inputs`.
+        model, inputs, pruner, encoded, keep_markers, positions: as for `prune_inputs`.
         question: how the question about each image is found.
         cached: what is known of the prompt in the cache.
         whole_prompt: `input_ids` repeat the conversation that is in the cache, as `generate` wants it, unless the mask
@@ -251,8 +261,11 @@ def shorten(
     columns = torch.cat((turn.head, torch.where(tail_columns < 0, -1, tail_columns + turn.head_width)), dim=1)
     own = tail_columns if turn.start < turn.head_width else columns
     tensors = _shorten_tensors(inputs, adapter, columns, own, turn, _pad_id(model))
-    rope = rope_positions(adapter, kinds, inputs, tail, turn, cached)
+    rope = rope_positions(adapter, kinds, inputs, tail, turn, cached, positions == "original")
     if rope is not None:
+        if len(rope) == 1 and tensors.get("attention_mask") is None:
+            # Without a mask, transformers would take gaps for the borders of packed samples.
+            tensors["attention_mask"] = torch.ones_like(columns)
         tensors["position_ids"] = short_rope_positions(rope, tensors, columns, own)
         short = replace(short, next_position=next_position(rope, mask))
     watch.lap("prompt")

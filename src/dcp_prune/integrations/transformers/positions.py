@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils.generic import is_flash_attention_requested
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.transformers.cache import CachedPrompt, NewTurn
 from dcp_prune.integrations.transformers.images import CallImages
-from dcp_prune.integrations.transformers.prompt import compact_positions, take_columns
+from dcp_prune.integrations.transformers.prompt import compact_positions, real_columns, take_columns
 from dcp_prune.models import ModelAdapter
+
+Positions = Literal["compact", "original"]
+"""Whether kept tokens are numbered as if the dropped ones had never been there, or as in the original prompt."""
+
+
+def check_positions(model: Any, positions: Positions) -> None:
+    """Refuses what cannot work, before any call.
+
+    Raises:
+        InvalidInputError: no such positions, or an attention that takes gaps for the borders of packed samples.
+    """
+    if positions not in get_args(Positions):
+        raise InvalidInputError(f"positions is {positions!r}; use one of: {', '.join(get_args(Positions))}")
+    if positions == "original" and is_flash_attention_requested(model.config.get_text_config()):
+        raise InvalidInputError(
+            "flash attention takes gaps between positions for the borders of packed samples; use positions='compact', "
+            "or load the model with attn_implementation='sdpa'"
+        )
 
 
 def rope_positions(
@@ -24,10 +43,18 @@ def rope_positions(
     tail: Int[Tensor, "b s"],
     turn: NewTurn,
     cached: CachedPrompt | None,
+    with_gaps: bool,
 ) -> Int[Tensor, "p b l"] | None:
     """Where the columns of `input_ids` lie in the original conversation, 0 for those that are in the cache; None where
-    positions just count tokens."""
+    positions just count tokens, and dropped ones leave no gaps.
+
+    Raises:
+        InvalidInputError: gaps are asked for, and the conversation began without them or the other way round; or they
+            would be taken for the borders of packed samples.
+    """
     given = inputs.get("position_ids")
+    if with_gaps and given is not None and given.ndim == 2:
+        return _check_gaps(inputs, counted_positions(inputs))
     if given is not None:
         return given[-3:].expand(-1, *inputs["input_ids"].shape) if given.ndim == 3 else None
     mask = inputs.get("attention_mask")
@@ -36,7 +63,15 @@ def rope_positions(
     details = {name: value for each in kinds for name, value in each.inputs.items()}
     found = adapter.rope_positions(tail, own_mask, {each.adapter.modality: each.layouts for each in kinds}, details)
     if found is None:
-        return None
+        if cached is not None and turn.cut and (cached.next_position is not None) != with_gaps:
+            raise InvalidInputError(
+                f"the prompt in this cache was pruned with positions={'compact' if with_gaps else 'original'!r}; go on "
+                "with the same, or start with an empty cache"
+            )
+        if not with_gaps:
+            return None
+        real = torch.ones_like(tail) if own_mask is None else own_mask
+        found = _check_gaps(inputs, (real.cumsum(dim=1) - 1).clamp(min=0))
     found = found.to(tail.device)
     if turn.head_width:
         if cached is not None and cached.next_position is not None:
@@ -50,10 +85,24 @@ def rope_positions(
     return functional.pad(found, (turn.start, 0))
 
 
+def _check_gaps(inputs: Mapping[str, Any], counted: Int[Tensor, "b l"] | None) -> Int[Tensor, "1 b l"]:
+    assert counted is not None
+    starts = sample_starts(inputs, real_columns(inputs["input_ids"], inputs.get("attention_mask")))
+    if starts is not None and starts.any():
+        raise InvalidInputError(
+            "samples that are packed into a row are told apart by their positions, where gaps would be taken for "
+            "borders; use positions='compact' for packed rows"
+        )
+    return counted.unsqueeze(0)
+
+
 def short_rope_positions(
     rope: Int[Tensor, "p b l"], tensors: Mapping[str, Any], columns: Int[Tensor, "b m"], own: Int[Tensor, "b s"]
-) -> Int[Tensor, "q b s"]:
-    """`position_ids` of the short prompt: a count of tokens, from which attention masks are made, then each axis."""
+) -> Int[Tensor, "*q b s"]:
+    """`position_ids` of the short prompt: of one axis as they are, of several behind a count of tokens, from which
+    attention masks are made."""
+    if len(rope) == 1:
+        return take_columns(rope[0], own, 0)
     counted = tensors.get("position_ids")  # the caller's own, if it had one
     if counted is None:
         mask = tensors.get("attention_mask")
