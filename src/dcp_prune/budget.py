@@ -1,4 +1,4 @@
-"""How many visual tokens are kept, decided before any feature exists; or the range that a bound picks from."""
+"""How many visual tokens to keep, known before any feature exists; or the range from which a bound picks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dcp_prune.errors import InvalidInputError
 
 Scope = Literal["image", "tile"]
 DEFAULT_NUM_TOKENS = 16
-"""Where nobody says how many: the budget that the paper is about."""
+"""The default budget: the one that the paper is about."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Budget:
         num_tokens: a count, at least 1; or a range (fewest, most) of counts.
         keep_ratio: a share of the tokens in (0, 1]; the count is rounded half up and never below 1. Or a range of
             shares.
-        scope: what the budget is for: an `image` with all its tiles together, or each `tile` by itself, where a model
-            cuts images into tiles. An image of one tile is the same in both. A video counts as an image, and its frames
-            as tiles.
-        max_distance: what picks from a range: the fewest tokens whose distance to the full set lies below it. A range
-            and a bound go together.
+        scope: what the budget is for: an `image` with all its tiles, or each `tile` by itself, if a model cuts images
+            into tiles. Both mean the same for an image of one tile. A video counts as an image, and its frames as
+            tiles.
+        max_distance: the bound that picks from a range: the fewest tokens whose distance to the full set is below it.
+            A range and a bound go together.
 
     Raises:
-        InvalidInputError: both or neither of count and share given, a count that is no positive integer, a share
-            outside (0, 1], a range with its ends the wrong way round, a range without a bound or the other way round,
-            a bound below 0, a scope that is neither.
+        InvalidInputError: both count and share, or neither; a count that is not a positive integer; a share outside
+            (0, 1]; a range whose first end is the larger one; a range without a bound, or a bound without a range; a
+            bound below 0; an unknown scope.
     """
 
     num_tokens: int | tuple[int, int] | None = None

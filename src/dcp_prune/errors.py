@@ -6,11 +6,11 @@ class DcpPruneError(Exception):
 
 
 class InvalidInputError(DcpPruneError, ValueError):
-    """A value the user gave cannot be used: a budget, an image, a question, features with NaN."""
+    """A value cannot be used: a budget, an image, a question, features with NaN."""
 
 
 class NonFiniteError(InvalidInputError):
-    """Features or signals hold NaN, inf, or numbers too large to be squared, so that nothing can be chosen by them."""
+    """Features or signals contain NaN, inf, or numbers too large to square, so no selection is possible."""
 
 
 class MissingSignalError(DcpPruneError):
@@ -22,7 +22,7 @@ class UnsupportedModelError(DcpPruneError):
 
 
 class UnsupportedVersionError(DcpPruneError):
-    """The installed transformers lacks something that is relied on here."""
+    """The installed transformers lacks something that this package needs."""
 
 
 class UnknownPrunerError(DcpPruneError, KeyError):
@@ -33,4 +33,4 @@ class UnknownPrunerError(DcpPruneError, KeyError):
 
 
 class RecordsError(DcpPruneError):
-    """Records of a sweep cannot be read or written: another version, a file cut short, a full disk, a second writer."""
+    """Records of a sweep cannot be read or written: another version, a truncated file, a full disk, a second writer."""

@@ -1,4 +1,4 @@
-"""Pruners by name: built in, registered at run time, or brought by another package's entry point."""
+"""Pruners by name: built in, registered at run time, or from the entry point of another package."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _REGISTERED: dict[str, str | type[Pruner]] = {}
 
 
 def register_pruner(name: str, target: str | type[Pruner]) -> None:
-    """Makes a pruner known under a name, for this process.
+    """Registers a pruner under a name, for this process.
 
     Args:
         name: lower case, as in the paper.
-        target: the class, or "module:Class", which is imported when someone asks for it.
+        target: the class, or "module:Class", which is imported when the pruner is first used.
 
     Raises:
-        InvalidInputError: the name is taken by another target, or the target is no "module:Class".
+        InvalidInputError: the name is taken by another target, or the target is not a "module:Class".
     """
     if isinstance(target, str) and not all(target.partition(":")):
         raise InvalidInputError(f'the target of pruner {name!r} must be a class or "module:Class", got {target!r}')
@@ -49,7 +49,7 @@ def list_pruners() -> tuple[str, ...]:
 
 
 def get_pruner(name: str) -> type[Pruner]:
-    """The class of a pruner, imported now. A built-in or registered name goes before an entry point's.
+    """The class of a pruner, imported now. Built-in and registered names go before those of entry points.
 
     Raises:
         UnknownPrunerError: no such name; suggests near ones.
@@ -77,15 +77,15 @@ def get_pruner(name: str) -> type[Pruner]:
 def make_pruner(name: str, **options: Any) -> Pruner:
     """A pruner by name with its options, for example `make_pruner("dcp", num_tokens=16, text_weight=0.5)`.
 
-    Where a pruner's fields are groups (`DCPPruner.acgr`, `.trigger`, `.tatcs`), an option of a group is given by its
-    own name, as in specs and configuration files; a group may also be given whole, as itself or as a mapping. Options
-    of a group that is None by default start from the defaults of its class: `make_pruner("dcp", ..., recovery=5.0)`
-    has the stages of `ACGR()`.
+    If fields of a pruner are groups of options (`DCPPruner.acgr`, `.trigger`, `.tatcs`), give an option of a group by
+    its own name, as in specs and configuration files. You may also give a whole group, as an object or as a mapping.
+    Options of a group that is None by default start from the defaults of its class: `make_pruner("dcp", ...,
+    recovery=5.0)` has the stages of `ACGR()`.
 
     Raises:
         UnknownPrunerError: no such name.
-        InvalidInputError: an option that the pruner does not have, a value that it refuses, or a group that is given
-            whole beside options of it.
+        InvalidInputError: an option that the pruner does not have, a value that it refuses, or a whole group together
+            with one of its options.
     """
     from dcp_prune.pruners.options import default_of, groups_of
 

@@ -1,4 +1,4 @@
-"""The vocabulary that every file speaks: what a pruner sees, what it returns, what it may ask for."""
+"""The types that every file uses: what a pruner sees, what it returns, and which signals it may require."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dcp_prune.errors import InvalidInputError
 
 
 class Signal(StrEnum):
-    """What a pruner may require beside the features; an adapter captures what is asked for and nothing more."""
+    """What a pruner may require in addition to the features. An adapter captures only what is required."""
 
     ENCODER_FEATURES = "encoder.features"
     """Features as they leave the vision encoder, before the projector (`EncoderTokens.features`)."""
@@ -26,7 +26,8 @@ class Signal(StrEnum):
     VALUES = "encoder.values"
     """Attention values of the feature layer, averaged over heads (`EncoderTokens.values`)."""
     CLS_VALUE_AFFINITY = "encoder.cls_value_affinity"
-    """How alike the values of [CLS] and of each token are at the feature layer (`EncoderTokens.cls_value_affinity`)."""
+    """How similar the value of each token is to that of [CLS] at the feature layer
+    (`EncoderTokens.cls_value_affinity`)."""
     TEXT = "text"
     """Embeddings of the question's words in the language model's space (`VisualTokens.text`)."""
     CLIP_SIMILARITY = "clip_similarity"
@@ -35,23 +36,23 @@ class Signal(StrEnum):
 
 @dataclass(frozen=True)
 class EncoderTokens:
-    """Visual tokens inside or right after the vision encoder, [CLS] excluded.
+    """Visual tokens inside or right after the vision encoder, without [CLS].
 
     Attributes:
         features: hidden states. `b n v`.
-        positions: (row, col) on the image grid, in patch units; of a video (row, col, time). `b n p`.
+        positions: (row, col) on the image grid in patches; for a video (row, col, time). `b n p`.
         indices: position of each token among the original tokens of its image, ascending. `b n`.
         cls_attention: attention that [CLS] pays to each token, averaged over heads; sums to less than 1 since
             the [CLS]-to-[CLS] share is left out. In encoders without [CLS], the attention that each token receives,
-            averaged over heads and all tokens. `b n`, or None if nobody asked for it.
-        keys: attention keys averaged over heads. `b n c`, or None if nobody asked for them.
-        values: attention values averaged over heads; their norm tells how much a token has to pass on. `b n c`, or
-            None if nobody asked for them.
+            averaged over heads and all tokens. `b n`, or None if it was not required.
+        keys: attention keys averaged over heads. `b n c`, or None if they were not required.
+        values: attention values averaged over heads; their norm says how much a token can pass on. `b n c`, or None
+            if they were not required.
         cls_value_affinity: softmax over all tokens of the inner products of their values with that of [CLS], averaged
-            over heads, without the share of [CLS] itself. `b n`, or None if nobody asked for it.
-        mask: False marks padding, where an earlier stage kept more tokens of other images; padding has no attention.
-            `b n`, or None if there is none.
-        state: what the stage before this one handed on; empty for the first.
+            over heads, without the share of [CLS] itself. `b n`, or None if it was not required.
+        mask: False marks padding, if an earlier stage kept more tokens of other images; padding has no attention.
+            `b n`, or None if there is no padding.
+        state: what the stage before this one passed on; empty for the first stage.
     """
 
     features: Float[Tensor, "b n v"]
@@ -67,16 +68,16 @@ class EncoderTokens:
 
 @dataclass(frozen=True)
 class EncoderReduction:
-    """What an `EncoderStage` did to n tokens: which m it kept, what they now hold, who absorbed whom.
+    """What an `EncoderStage` did to n tokens: which m it kept, their new states, and which kept token absorbed which.
 
     Attributes:
         features: the kept tokens' new hidden states. `b m v`.
         kept: ascending positions of the kept tokens among the stage's n inputs. `b m`.
-        assignment: for each of the n inputs the slot in 0..m-1 that absorbed it, -1 if it was dropped. `b n`.
+        assignment: for each of the n inputs, the slot in 0..m-1 that absorbed it, or -1 if it was dropped. `b n`.
         stats: numbers for the per-call record, e.g. run-time kappa `b`.
-        mask: False marks padding, in rows that keep fewer than m tokens; later layers do not attend to it. `b m`, or
+        mask: False marks padding in rows that keep fewer than m tokens; later layers do not attend to it. `b m`, or
             None if every row keeps m.
-        state: what the next stage shall see as `EncoderTokens.state`, such as a score per kept token, `b m`.
+        state: what the next stage sees as `EncoderTokens.state`, such as a score per kept token, `b m`.
     """
 
     features: Float[Tensor, "b m v"]
@@ -91,27 +92,27 @@ class EncoderReduction:
 class VisualTokens:
     """What a pruner sees: the visual tokens after the projector, as the language model would read them.
 
-    After in-encoder stages only the n survivors are left; `indices`, `num_original` and `assignment` tell where they
+    After stages inside the encoder only n survivors are left; `indices`, `num_original` and `assignment` say where they
     came from. Without such stages `indices` counts 0..n-1 and `assignment` is the identity.
 
-    Where a model cuts an image into tiles, a row holds the tokens of all its tiles. Its original tokens are then the
-    image's placeholders in the prompt, separators between rows of patches included: those are never offered.
+    If a model cuts an image into tiles, a row holds the tokens of all its tiles. Its original tokens are then the
+    image's placeholders in the prompt, with the separators between rows of patches, which a pruner never sees.
 
     Attributes:
         features: `b n d`.
         mask: False marks padding. `b n`.
-        positions: (row, col) on the image grid, in patch units; of a video (row, col, time). `b n p`.
+        positions: (row, col) on the image grid in patches; for a video (row, col, time). `b n p`.
         indices: position of each token among the original tokens of its image, ascending. `b n`.
-        num_original: number of original tokens before any stage, N; where images differ, of the largest.
-        assignment: original token -> slot in 0..n-1 that absorbed it so far, -1 if dropped. `b N`.
-        encoder: the same tokens before the projector, with the signals that were asked for.
+        num_original: number of original tokens before any stage, N; if images differ, that of the largest.
+        assignment: for each original token, the slot in 0..n-1 that absorbed it so far, or -1 if it was dropped. `b N`.
+        encoder: the same tokens before the projector, with the signals that were required.
         text: word embeddings of the question. `b t d`.
         text_mask: False marks padding in `text`. `b t`.
         clip_similarity: cosine of each token (behind CLIP's last norm and visual projection) to CLIP's embedding of the
-            question, the mean over its chunks where it is longer than the text tower reads. `b n`.
-        tiles: which tile of its image each token comes from. `b n`, or None where every image is one tile.
+            question; the mean over its chunks if it is longer than the text tower reads. `b n`.
+        tiles: which tile of its image each token comes from. `b n`, or None if every image is one tile.
         tile_lengths: for each image, how many tokens each tile had before any stage, which is what a budget counts;
-            None where every image is one tile of `num_original` tokens.
+            None if every image is one tile of `num_original` tokens.
     """
 
     features: Float[Tensor, "b n d"]
@@ -128,10 +129,10 @@ class VisualTokens:
     tile_lengths: tuple[tuple[int, ...], ...] | None = None
 
     def check(self) -> None:
-        """Compares types and shapes with what stands above; no value is looked at.
+        """Checks types and shapes against the description above, but no values.
 
         Raises:
-            InvalidInputError: one that differs, by name.
+            InvalidInputError: a tensor has another type or shape; the message names it.
         """
         b, n, d = _shape_of_features(self.features)
         of_token = {"mask": self.mask, "clip_similarity": self.clip_similarity}
@@ -234,13 +235,13 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class PrunedTokens:
-    """What a pruner returns: enough for the model, for the metric and for the picture.
+    """What a pruner returns: enough for the model, for the metric and for a picture.
 
     Attributes:
         features: `b k d`; zero in padded slots.
         indices: ascending positions among the ORIGINAL tokens of the image; -1 in padded slots. `b k`.
         mask: False marks padded slots, which come last and only in rows with fewer than k real tokens. `b k`.
-        assignment: original token -> slot in 0..k-1 that absorbed it or stands for it, -1 if it was dropped. `b N`.
+        assignment: for each original token, the slot in 0..k-1 that stands for it, or -1 if it was dropped. `b N`.
         stats: per-call numbers, e.g. `kappa` `b`, `reselected` `b`, `scores` `b n`.
     """
 

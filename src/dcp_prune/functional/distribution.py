@@ -1,9 +1,9 @@
 """How far the kept tokens are from the full set: kappa and other distances, all under one signature.
 
 Every distance takes the kept tokens `b k d` and the full set `b n d`, optional masks, and optional weights that say how
-much each token of the full set counts; it works in float32, returns one number per image `b`, never negative, and 0 for
-the full set itself. A small distance is no certificate: a random subset has the smallest kappa of all and yet misses
-what the question asks about.
+much each token of the full set counts. It works in float32 and returns one number per image, `b`, which is never
+negative, and 0 for the full set itself. A small distance proves nothing: a random subset has a very small kappa, and
+yet it misses what the question asks about.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Distance(Protocol):
         Args:
             kept: `b k d`.
             full: `b n d`.
-            kept_mask: False marks padding among the kept. `b k`.
+            kept_mask: False marks padding among the kept tokens. `b k`.
             full_mask: False marks padding among the full set. `b n`.
             weights: how much each token of the full set counts; default: equal. `b n`.
-            options: what a distance adds, by its own description.
+            options: further options of a distance, described there.
         """
         ...
 
@@ -126,7 +126,7 @@ def kappa(pair: Pair, *, direction: Direction = "forward") -> Float[Tensor, "b"]
     """Diagonal-Gaussian KL divergence between kept and full tokens, in nats, averaged over channels.
 
     kappa = 1/d * sum_j KL(N(mu_k_j, s2_k_j + eps) || N(mu_f_j, s2_f_j + eps)) with biased variances and
-    eps = 1e-6 * mean_j s2_f_j. Blind to the order of tokens and to any affine map of a channel of both sets.
+    eps = 1e-6 * mean_j s2_f_j. It does not depend on the order of tokens, nor on an affine map of a channel of both.
     (Our reading of the paper's distribution consistency metric, whose equation is not public.)
 
     Arguments as in `Distance`; weights enter the full set's moments. `direction`: `forward` is KL(kept || full),
@@ -194,7 +194,7 @@ def mmd(pair: Pair) -> Float[Tensor, "b"]:
 def coverage(pair: Pair) -> Float[Tensor, "b"]:
     """How much of the full set the kept tokens miss: sum_i w_i (1 - max_j cos(x_i, kept_j)) / sum_i w_i, in [0, 2].
 
-    With weights from saliency and the question's relevance it asks whether what matters is covered, which kappa does
+    With weights from saliency and the question's relevance, it measures whether what matters is covered; kappa does
     not. (Ours.) Arguments as in `Distance`.
     """
     cosines = cosine_similarity(pair.full, pair.kept)
@@ -212,7 +212,7 @@ def coverage_of_prefixes(
     full_mask: Bool[Tensor, "b n"] | None = None,
     weights: Float[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b k"]:
-    """`coverage` of the first pick, the first two, ..., all k of them at once; it never rises from one to the next.
+    """`coverage` of the first pick, the first two picks, ..., and all k picks at once. It never rises.
 
     Args:
         full: `b n d`.

@@ -1,4 +1,4 @@
-"""What every pruner is: a frozen dataclass whose `__call__` owns the guards, the budget and the invariants."""
+"""What every pruner is: a frozen dataclass whose `__call__` is responsible for guards, budget and invariants."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _IN_WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderStage(Checked, ABC):
-    """A reduction inside the vision encoder: of the tokens that leave layer `layer` it keeps `num_tokens`.
+    """A reduction inside the vision encoder: it keeps `num_tokens` of the tokens that leave layer `layer`.
 
-    The signals in `requires` are those of that same layer. Implementations are frozen dataclasses and pure: what one
-    stage has to know of the one before travels as `state` from its `EncoderReduction` to the next `EncoderTokens`.
+    The signals in `requires` are those of the same layer. Implementations are frozen dataclasses and pure: what a stage
+    needs from the stage before goes as `state` from its `EncoderReduction` to the next `EncoderTokens`.
 
     Attributes:
         layer: 0-based index of the encoder layer whose output is reduced.
-        num_tokens: tokens of each image that go on to the next layer, [CLS] not counted; None if the data decide.
+        num_tokens: tokens of each image that go on to the next layer, without [CLS]; None if the data decide.
     """
 
     layer: int
@@ -70,16 +70,16 @@ class EncoderStage(Checked, ABC):
 
 @dataclass(frozen=True)
 class Selection:
-    """What a method's `prune` decides, in terms of the n tokens that it was given.
+    """What the `prune` of a method decides about the n tokens that it was given.
 
     Attributes:
         kept: positions of the k kept tokens among the n, ascending and unique. `b k`.
         features: their new features if the method changed any, else None. `b k d`.
-        assignment: for each of the n tokens the slot in 0..k-1 that absorbed it, -1 if dropped; None means that every
-            token but the kept ones was dropped. `b n`.
+        assignment: for each of the n tokens, the slot in 0..k-1 that stands for it, or -1 if it was dropped; None means
+            that all other tokens were dropped. `b n`.
         stats: numbers for the record.
-        mask: False marks slots that an image leaves empty, where a range lets it keep fewer than k; they come last and
-            `kept` holds any position there. `b k`, or None if every image keeps k.
+        mask: False marks slots that an image leaves empty, if a range lets it keep fewer than k. They come last, and
+            `kept` has any position there. `b k`, or None if every image keeps k.
     """
 
     kept: Int[Tensor, "b k"]
@@ -91,13 +91,13 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner(Checked, ABC):
-    """Turns `VisualTokens` into `PrunedTokens`; configuration, repr and cache key at once. The types of the fields say
-    what they may be.
+    """Turns `VisualTokens` into `PrunedTokens`. An instance is its configuration, its repr and a cache key. The types
+    of the fields say which values they take.
 
     Attributes:
         num_tokens: visual tokens to keep per image; give this or `keep_ratio`. A range (fewest, most) is for pruners
             that can pick from it (`DCPPruner.max_distance`); others refuse it.
-        keep_ratio: share of the visual tokens to keep per image, in (0, 1]; or a range, likewise.
+        keep_ratio: share of the visual tokens to keep per image, in (0, 1]; or a range of shares.
         scope: whether the budget is for an `image` with all its tiles, or for each `tile`.
     """
 
@@ -106,11 +106,11 @@ class Pruner(Checked, ABC):
     scope: Scope = "image"
 
     requires: ClassVar[frozenset[Signal]] = frozenset()
-    """Signals that the tokens must carry; a missing one raises, never degrades."""
+    """Signals that the tokens must carry. A missing one raises an error."""
     optional: ClassVar[frozenset[Signal]] = frozenset()
-    """Signals that the method uses where they exist."""
+    """Signals that the method uses if they exist."""
     matrices: ClassVar[int] = 0
-    """Matrices of all tokens against all that the method holds at once; what it needs where tokens are many."""
+    """How many n x n matrices the method holds at once, from which its memory is estimated."""
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "keep_ratio"):
@@ -124,8 +124,7 @@ class Pruner(Checked, ABC):
         """What the fields say.
 
         Raises:
-            InvalidInputError: it makes no sense, or is a range, which only a pruner that measures what it leaves out
-                can pick from.
+            InvalidInputError: the budget makes no sense, or it is a range and this pruner cannot pick from one.
         """
         for name in ("num_tokens", "keep_ratio"):
             if is_range(given := getattr(self, name)):
@@ -137,7 +136,7 @@ class Pruner(Checked, ABC):
 
     @property
     def joint(self) -> bool:
-        """Whether the images of a batch bear on each other; only to reproduce a release that works like this."""
+        """Whether the images of a batch depend on each other; only to reproduce a release that works like this."""
         return False
 
     def encoder_stages(self, num_original: int, num_layers: int) -> tuple[EncoderStage, ...]:
@@ -147,20 +146,20 @@ class Pruner(Checked, ABC):
 
     @abstractmethod
     def prune(self, tokens: VisualTokens, k: int) -> Selection:
-        """What a method writes: keep exactly k of the n > k tokens. Every row has at least k tokens to choose from.
+        """A method implements this: keep exactly k of the n > k tokens. Every row has at least k tokens to choose from.
 
-        It runs with autocast off. Padding is zero and masked; a row with fewer than k real tokens comes with its first
-        padded ones marked real, and all of those are masked again in what `__call__` returns.
+        It runs without autocast. Padding is zero and masked. In a row with fewer than k real tokens, the first padded
+        ones are marked as real, and `__call__` masks them again in its result.
 
-        Where the budget is a range, k is the most of it, at most n; `Selection.mask` says how many each row keeps, none
-        of them padding, and no padding is marked real.
+        If the budget is a range, k is its larger end, at most n. `Selection.mask` then says how many tokens each row
+        keeps; none of them may be padding, and no padding is marked as real.
         """
 
     def read(self, tokens: VisualTokens, signal: Signal) -> Tensor:
-        """What the tokens carry of a required signal, in at least float32; in what `prune` sees, zero in padding.
+        """The values of a required signal, in at least float32. Inside `prune`, padding is zero.
 
         Raises:
-            MissingSignalError: they carry nothing of it.
+            MissingSignalError: the tokens do not carry it.
         """
         values = read_signal(tokens, signal)
         if values is None:
@@ -171,17 +170,18 @@ class Pruner(Checked, ABC):
     def __call__(self, tokens: VisualTokens) -> PrunedTokens:
         """Prunes a batch of images.
 
-        Every row keeps min(k, its real tokens) of them; the slots it cannot fill come last, masked, with index -1 and
-        zero features. Images whose budgets differ are pruned budget by budget, so none depends on its neighbours. With
-        the scope `tile`, every tile is pruned by itself, and `stats` have a row per tile that has tokens.
+        Every row keeps k of its real tokens, or all of them if it has fewer. Slots that it cannot fill come last,
+        masked, with index -1 and zero features. Images with different budgets are pruned budget by budget, so no image
+        depends on its neighbours. With the scope `tile`, every tile is pruned by itself, and `stats` has a row for each
+        tile with tokens.
 
-        Padding may hold anything. Signals of different dtypes are read in the widest of them; the features that come
-        out have their own.
+        Padding may contain anything. Signals of different dtypes are read in the widest of them. The result has the
+        dtype of the features.
 
         Raises:
-            NonFiniteError: features, or a signal that this pruner reads, hold NaN, inf or numbers beyond 1e15.
+            NonFiniteError: features, or a signal that this pruner reads, contain NaN, inf or numbers beyond 1e15.
             MissingSignalError: the tokens lack a signal that this pruner needs.
-            InvalidInputError: a tensor of the wrong shape or type, or more tokens than memory has room to compare.
+            InvalidInputError: a tensor of the wrong shape or type, or more tokens than the memory can compare.
         """
         padded = self._guard(tokens)
         if self.scope == "tile" and tokens.tiles is not None:
@@ -278,7 +278,7 @@ class Pruner(Checked, ABC):
 
 
 class SelectionPruner(Pruner):
-    """A method that only chooses tokens: write `select`, features stay as they are."""
+    """A method that only chooses tokens and leaves their features as they are: implement `select`."""
 
     @abstractmethod
     def select(self, tokens: VisualTokens, k: int) -> Int[Tensor, "b k"]:
@@ -290,11 +290,11 @@ class SelectionPruner(Pruner):
 
 
 class ScorePruner(Pruner):
-    """A method that scores each token by itself and keeps the best: write `score`."""
+    """A method that scores each token by itself and keeps the best: implement `score`."""
 
     @abstractmethod
     def score(self, tokens: VisualTokens) -> Float[Tensor, "b n"]:
-        """Higher is kept; ties go to the earlier token."""
+        """The score of each token. The highest are kept; of equal ones, the earlier."""
 
     @final
     def prune(self, tokens: VisualTokens, k: int) -> Selection:

@@ -18,7 +18,7 @@ from dcp_prune.tokens import VisualTokens
 class DivPrunePruner(SelectionPruner):
     """Farthest-point sampling by cosine distance in the language model's space, started at the most isolated token.
 
-    It looks at neither attention nor question, so it needs no signal and works on every model.
+    It uses neither attention nor the question, so it needs no signal and works on every model.
     """
 
     matrices: ClassVar[int] = 3

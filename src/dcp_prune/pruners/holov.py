@@ -17,14 +17,14 @@ from dcp_prune.tokens import Signal, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class HoloVPruner(SelectionPruner):
-    """Cuts the raster into consecutive runs; each gets a share of k by its mean [CLS] attention, and keeps its best.
+    """Cuts the raster into consecutive runs. Each gets a share of k by its mean [CLS] attention, and keeps its best.
 
     The paper adds the variance of a token's cosines inside its run to its score. In the released formula this term is
     rescaled to its own mean and then averaged over the run, which leaves the same constant in every run: it cancels in
     the shares, and tokens inside a run are ranked by attention alone. So it is left out here, with the same selection.
 
     Attributes:
-        strips: number of runs; published for 64 of 576 tokens: 16. None takes the rule that the authors published with
+        strips: number of runs; 16 is published for 64 of 576 tokens. None uses the rule that the authors published for
             another model, max(1, int(1024 / 576 * n / k)).
 
     Raises:

@@ -20,14 +20,15 @@ from dcp_prune.tokens import Signal, VisualTokens
 class MMTokPruner(SelectionPruner):
     """Greedy maximum coverage of words and visual tokens by k visual tokens.
 
-    Each word spreads a mass of 1 / (number of words) over the tokens by a softmax of cosines in the language model's
-    space; each visual token a mass of alpha / n by one of cosines before the projector. A set of tokens covers of each
-    word and each token the largest share that one of its members got. Without words the image's coverage is left.
+    Each word spreads a mass of 1 / (number of words) over the tokens, by a softmax of cosines in the language model's
+    space. Each visual token spreads a mass of alpha / n, by a softmax of cosines before the projector. A set of tokens
+    covers the largest share of each word and each token that one of its members got. Without words, only the coverage
+    of the image counts.
 
     Attributes:
-        alpha: weight of covering the image against covering the question.
-        text_temperature: of the words' softmax.
-        vision_temperature: of the visual tokens' softmax.
+        alpha: weight of covering the image, against covering the question.
+        text_temperature: temperature of the words' softmax.
+        vision_temperature: temperature of the visual tokens' softmax.
 
     Raises:
         InvalidInputError: alpha is negative, or a temperature not above 0.

@@ -24,7 +24,7 @@ class OTPrunePruner(SelectionPruner):
     columns of the picks are computed, so the cubic product G G^T is never formed.
 
     Attributes:
-        gamma: weight of G G^T against the identity.
+        gamma: weight of G G^T, against the identity.
 
     Raises:
         InvalidInputError: gamma is not above 0.

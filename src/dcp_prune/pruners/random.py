@@ -18,13 +18,13 @@ _BITS = 0xFFFFFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPruner(ScorePruner):
-    """Keeps k tokens at random, drawn anew for each image; the same image and seed give the same draw.
+    """Keeps k random tokens, drawn anew for each image; the same image and seed give the same draw.
 
-    An image is told from others by where its features reach farthest in a few fixed directions (ours), which neither
-    the batch nor rounding changes. A larger budget keeps a superset.
+    Images are told apart by the positions at which their features reach farthest in a few fixed directions (ours).
+    Neither the batch nor rounding changes these. A larger budget keeps a superset.
 
     Attributes:
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     seed: Whole = 0

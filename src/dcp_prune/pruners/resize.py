@@ -16,7 +16,7 @@ from dcp_prune.tokens import VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class ResizePruner(Pruner):
-    """Average-pools the grid of tokens to k cells of one size, each a token where the middle of the cell is.
+    """Averages the grid of tokens to k cells of one size. Each cell is a token at the middle of the cell.
 
     What a smaller picture would give, for encoders that cannot take one: VTC-Bench found that making pictures smaller
     beats many pruners. Cells form r lines of c, as near to squares as k = r * c allows. Where no such product comes

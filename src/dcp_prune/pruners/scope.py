@@ -22,7 +22,7 @@ class SCOPEPruner(SelectionPruner):
     next = argmax_j a_j ** alpha * sum_i max(0, cos(x_i, x_j) - cover_i), on the features before the projector.
 
     Attributes:
-        alpha: how much saliency counts against coverage; 0 leaves coverage alone. Published: 1.
+        alpha: weight of saliency against coverage; 0 uses coverage alone. Published: 1.
 
     Raises:
         InvalidInputError: alpha is negative.

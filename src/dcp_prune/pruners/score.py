@@ -22,7 +22,7 @@ class SCoRePruner(SelectionPruner):
     next = argmax_j a_j ** alpha * min over picks s of (1 - cos(x_j, x_s)), on the features before the projector.
 
     Attributes:
-        alpha: how much saliency counts against distance; 0 leaves distance alone. Published: 0.8.
+        alpha: weight of saliency against distance; 0 uses distance alone. Published: 0.8.
 
     Raises:
         InvalidInputError: alpha is negative.

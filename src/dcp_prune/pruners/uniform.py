@@ -15,10 +15,10 @@ from dcp_prune.tokens import VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class UniformPruner(SelectionPruner):
-    """Keeps k tokens spread evenly over the image's 2-D grid, whatever they show.
+    """Keeps k tokens spread evenly over the grid of the image, whatever they show.
 
-    About sqrt(k) evenly spaced lines share the k points; each point takes the nearest token that is still free, so that
-    exactly k are kept also where k is no product, or where part of the grid is padding.
+    About sqrt(k) evenly spaced lines share the k points. Each point takes the nearest free token, so exactly k are
+    kept, even if k is not a product or part of the grid is padding.
 
     The frames of a video share the k points as evenly as k allows, in an order that spreads those of every frame over
     the grid and those of all frames over all of it (ours).

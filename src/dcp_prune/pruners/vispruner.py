@@ -23,8 +23,8 @@ class VisPruner(SelectionPruner):
     `per_round` that are most similar to one of the others are dropped.
 
     Attributes:
-        important_share: share of k that attention decides.
-        per_round: tokens dropped in a round, at most.
+        important_share: share of k that is chosen by attention.
+        per_round: the most tokens that a round drops.
 
     Raises:
         InvalidInputError: important_share is outside [0, 1], or per_round below 1.
