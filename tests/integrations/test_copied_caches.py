@@ -199,3 +199,16 @@ def test_a_static_cache_that_text_filled_anew_holds_no_image_any_more(model: Any
         cache.reset()
         model(**text, past_key_values=cache)
         assert torch.equal(ask(model, text, QUESTIONS[0], cache), expected)
+
+
+def test_a_cache_that_does_not_show_its_keys_goes_on_where_no_row_can_be_taken_for_another(
+    pruned: Any, make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcp_prune.integrations.transformers.cache._first_keys", lambda *given: None)
+    one = make_inputs(PROMPTS[0])
+    found = ask(pruned, one, QUESTIONS[0], copy.deepcopy(prefill(pruned, one)))
+    assert torch.equal(found, ask(pruned, one, QUESTIONS[0]))
+    two = make_inputs(*PROMPTS)
+    cache = prefill(pruned, two)
+    with pytest.raises(InvalidInputError, match="or rows that nobody can tell apart"):
+        ask(pruned, two, QUESTIONS[0], cache)

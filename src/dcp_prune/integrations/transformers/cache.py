@@ -158,7 +158,7 @@ def _recognise(cache: Any, prompt: CachedPrompt, filled: int) -> CachedPrompt | 
         return None
     if now.shape == known.shape and torch.equal(now, known):
         return prompt
-    equal = (now.unsqueeze(1) == known).flatten(2).all(dim=2)
+    equal = torch.stack([(row == known).flatten(1).all(dim=1) for row in now])
     return prompt.select(equal.int().argmax(dim=1)) if equal.any(dim=1).all() else None
 
 

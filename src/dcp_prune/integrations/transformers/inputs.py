@@ -325,7 +325,7 @@ def _shorten_columns(inputs: Mapping[str, Any], own: Int[Tensor, "b s"], fills: 
     shape = inputs["input_ids"].shape
     short = {}
     for name, value in inputs.items():
-        if name in _SHORTENED_OTHERWISE or not isinstance(value, Tensor):
+        if name in SHORTENED_OTHERWISE or not isinstance(value, Tensor):
             continue
         if value.shape[:2] == shape:
             short[name] = take_columns(value, own, fills.get(name, 0))
@@ -337,7 +337,7 @@ def _shorten_columns(inputs: Mapping[str, Any], own: Int[Tensor, "b s"], fills: 
     return short
 
 
-_SHORTENED_OTHERWISE = (
+SHORTENED_OTHERWISE = (
     "attention_mask",
     "position_ids",
     "logits_to_keep",
