@@ -67,7 +67,7 @@ dist: $(DEV) ## build the sdist and the wheel in dist/, and check their descript
 	$(BIN)/twine check --strict dist/*
 
 bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, and each selection by itself (ARGS=--tiny tries it out)
-	$(BIN)/python -m dcp_prune.profiling.latency $(or $(ARGS),--pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
+	$(BIN)/dcp-prune profile $(if $(ARGS),--model random:tiny --num-tokens 4 --runs 1,--model random:vit-l-1b --pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
 	$(BIN)/python -m dcp_prune.profiling.selection $(or $(ARGS),--authors results/selection-authors.json --json results/selection-cpu.json)
 
 sweeps: $(DEV) ## measure every pruner on held-out questions (hours; stop it, and it goes on where it was), then draw the report

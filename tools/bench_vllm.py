@@ -39,7 +39,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from dcp_prune.environment import environment
 from dcp_prune.files import check_writable, to_json, write_atomically
-from dcp_prune.profiling.latency import build_config, build_model
+from dcp_prune.profiling.architectures import ARCHITECTURES, build_model
 from dcp_prune.testbed.language import IMAGE, SPECIAL, make_tokenizer, vocabulary
 from dcp_prune.testbed.load import checkpoint_path
 from dcp_prune.testbed.seeds import TUNING
@@ -71,7 +71,7 @@ class Arm:
 
 def make_large(folder: Path) -> Path:
     """CLIP ViT-L/14-336 and a Llama of one billion parameters with random weights in bfloat16, as on the hub."""
-    config = build_config()
+    config: Any = ARCHITECTURES["vit-l-1b"].config()
     config.image_token_index = config.image_token_id = SPECIAL.index(IMAGE)
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = torch.bfloat16

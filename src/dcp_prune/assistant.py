@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dcp_prune.eval.asking.runner import Answered, Question, Runner, Seen
 from dcp_prune.eval.specs import ALL_TOKENS, Method
 from dcp_prune.integrations.transformers import PruneRecord, supported_architectures
 from dcp_prune.pruners.base import Pruner
-from dcp_prune.testbed.load import CHECKPOINTS, DEFAULT_CHECKPOINT, load
+from dcp_prune.testbed.load import CHECKPOINTS, DEFAULT_CHECKPOINT, checkpoint_path, load
 from dcp_prune.testbed.worlds import world_of
 
 TESTBED_MODELS = {f"testbed-{name}": name for name in CHECKPOINTS} | {"testbed": DEFAULT_CHECKPOINT}
@@ -114,7 +115,8 @@ class Assistant:
         """
         if name in TESTBED_MODELS:
             return cls(name, *load(TESTBED_MODELS[name]))
-        return cls(name, *_from_pretrained(name))
+        blueprint = Blueprint.find(name)
+        return cls(name, blueprint.load(), blueprint.processor)
 
     def prompt(self, question: str) -> str:
         """The prompt that asks `question` about one image, in the model's own chat format.
@@ -258,9 +260,76 @@ def check_placeholders(prompt: str, marker: str = "<image>") -> None:
         raise InvalidInputError(f"the prompt holds {count} {marker} but 1 image was given; keep one {marker}")
 
 
-def _from_pretrained(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+@dataclass(frozen=True)
+class Blueprint:
+    """A model by name, without its weights.
 
+    Attributes:
+        name: as it was asked for.
+        source: folder or hub name.
+        config: of the model.
+        processor: of transformers.
+    """
+
+    name: str
+    source: str
+    config: Any
+    processor: ProcessorMixin
+
+    @classmethod
+    def find(cls, name: str) -> Blueprint:
+        """A testbed model by name, or any supported model by folder or hub name.
+
+        Raises:
+            InvalidInputError: nothing of that name can be loaded.
+            UnsupportedModelError: the model has no adapter.
+        """
+        from transformers import AutoConfig, AutoProcessor
+
+        source = str(checkpoint_path(TESTBED_MODELS[name])) if name in TESTBED_MODELS else _source(name)
+        with _cause_in_words(name):
+            config = AutoConfig.from_pretrained(source, **_NO_FOREIGN_CODE)
+            architecture = (config.architectures or ["unknown"])[0]
+            supported = supported_architectures()
+            if architecture not in supported:
+                raise UnsupportedModelError(
+                    f"{name} is a {architecture}, which cannot be pruned; supported: {', '.join(supported)}"
+                )
+            return cls(name, source, config, AutoProcessor.from_pretrained(source, **_NO_FOREIGN_CODE))
+
+    @property
+    def kind(self) -> Any:
+        """Class of the model."""
+        import transformers
+
+        return getattr(transformers, self.config.architectures[0])
+
+    def load(self, *, dtype: Any = "auto", attention: str | None = None, device: str | None = None) -> PreTrainedModel:
+        """The model with its weights, in evaluation mode.
+
+        Args:
+            dtype: of the weights; that of the files unless told otherwise.
+            attention: its implementation, as transformers names it; None leaves the choice to transformers.
+            device: None for the first GPU, or the CPU where there is none.
+
+        Raises:
+            InvalidInputError: the weights cannot be loaded.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        with _cause_in_words(self.name):
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                self.source, dtype=dtype, attn_implementation=attention, **_NO_FOREIGN_CODE
+            )
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+# Said each time: with nothing said, transformers asks on the terminal whether to run the model's own code.
+_NO_FOREIGN_CODE: dict[str, Any] = {"trust_remote_code": False}
+
+
+def _source(name: str) -> str:
+    """What transformers loads from: a folder or a hub name."""
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         known = ", ".join(sorted(TESTBED_MODELS))
@@ -269,18 +338,14 @@ def _from_pretrained(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         )
     if path.exists() and not (path / "config.json").is_file():
         raise InvalidInputError(f"{name} holds no model, since config.json is missing; give the folder that holds it")
-    source = str(path) if path.exists() else name
-    # Said each time: with nothing said, transformers asks on the terminal whether to run the model's own code.
-    own_code: dict[str, Any] = {"trust_remote_code": False}
+    return str(path) if path.exists() else name
+
+
+@contextmanager
+def _cause_in_words(name: str) -> Iterator[None]:
+    """Says in one sentence why a model cannot be loaded."""
     try:
-        architectures = AutoConfig.from_pretrained(source, **own_code).architectures or ["unknown"]
-        supported = supported_architectures()
-        if architectures[0] not in supported:
-            raise UnsupportedModelError(
-                f"{name} is a {architectures[0]}, which cannot be pruned; supported: {', '.join(supported)}"
-            )
-        processor = AutoProcessor.from_pretrained(source, **own_code)
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", **own_code)
+        yield
     except UnsupportedModelError:
         raise
     except Exception as error:  # the hub, the file system and the parsers each raise kinds of their own
@@ -290,5 +355,3 @@ def _from_pretrained(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         elif any(sign in cause for sign in _SIGNS_OF_A_CUT_DOWNLOAD):
             cause = f"its files are not complete, as after an interrupted download; fetch them again ({cause[:150]})"
         raise InvalidInputError(f"the model {name} cannot be loaded: {cause[:300]}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), processor

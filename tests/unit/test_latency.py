@@ -1,89 +1,108 @@
-"""The benchmark's bookkeeping on a model that takes no time; what it measures there is of no interest."""
+"""The bookkeeping of `measure` on a model that takes no time; what it measures there is of no interest."""
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dcp_prune.errors import MissingSignalError
+from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.transformers import prune_inputs
 from dcp_prune.profiling import latency
-from dcp_prune.profiling.latency import NONE, Sample, build_config, build_model, make_inputs, measure
+from dcp_prune.profiling.architectures import ARCHITECTURES, build_model, get_architecture, make_inputs
+from dcp_prune.profiling.counting import Hollow
+from dcp_prune.profiling.latency import LIMIT, NONE, Sample, check_memory, measure, median_interval, variants
+from dcp_prune.profiling.memory import peak_bytes
 from dcp_prune.pruners.dcp import ACGR, AnchorContextStage, DCPPruner
 from dcp_prune.pruners.random import RandomPruner
-from dcp_prune.report.tables import cost
 
-PATCHES = 64
+PATCHES, TEXT = 64, 20
+TINY = ARCHITECTURES["tiny"]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return build_model(build_config(tiny=True))
+def model() -> Any:
+    return build_model(TINY.config())
 
 
-def test_the_benchmark_model_has_the_promised_sizes():
+@pytest.fixture(scope="module")
+def inputs(model: Any) -> dict[str, Any]:
+    return make_inputs(model, TINY, batch=2, text_tokens=TEXT)
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "total", "tokens"),
+    [
+        ("vit-l-1b", 0.3e9, 1.34e9, 576),
+        ("llava-1.5-7b", 0.3e9, 7.06e9, 576),
+        ("llava-next-7b", 0.3e9, 7.06e9, 2928),
+        ("qwen2.5-vl-7b", 0.68e9, 8.29e9, 1296),
+    ],
+)
+def test_an_architecture_has_the_sizes_of_its_model(name, vision, total, tokens):
+    architecture = get_architecture(name)
     with torch.device("meta"):
-        model = build_model(build_config())
-    language = sum(tensor.numel() for tensor in model.model.language_model.parameters())
-    vision = sum(tensor.numel() for tensor in model.model.vision_tower.parameters())
-    assert 0.95e9 < language < 1.1e9  # one billion
-    assert 0.30e9 < vision < 0.31e9  # CLIP ViT-L/14
-    assert latency._image(model.config) == (336, 576)
+        model = build_model(architecture.config(), device="meta")
+    tower = model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
+    assert sum(each.numel() for each in tower.parameters()) == pytest.approx(vision, rel=0.02)
+    assert sum(each.numel() for each in model.parameters()) == pytest.approx(total, rel=0.02)
+    ids = make_inputs(model, architecture)["input_ids"]
+    assert (ids == model.config.image_token_id).sum() == tokens
 
 
-def test_every_pruner_runs_in_every_round_and_the_first_round_does_not_count(model, monkeypatch):
+def run_of(times: dict[str, float], calls: list[str]):
+    def run(model, inputs, variant, short, new_tokens, processor):
+        calls.append(variant.name)
+        slow = 100.0 if len(calls) <= 3 else 1.5 ** ((len(calls) - 1) // 3)  # the warm-up; then slower every round
+        time = slow * times[variant.name]
+        return Sample(time, time / 2, time / 10 if variant.kind == "pruned" else None)
+
+    return run
+
+
+def test_all_variants_run_in_every_round_and_a_machine_that_slows_down_changes_no_ratio(model, inputs, monkeypatch):
     calls: list[str] = []
-
-    def run(model, inputs, pruner):
-        calls.append(NONE if pruner is None else type(pruner).__name__)
-        slow = len(calls) <= 2  # the warm-up
-        time = 1000.0 if slow else 8.0 if pruner is None else 2.0
-        return Sample(ttft=time, encoder=time / 2, selection=None if pruner is None else time / 10, cache_bytes=1)
-
-    monkeypatch.setattr(latency, "_run", run)
-    none, pruned = measure(model, {}, {"random": RandomPruner(num_tokens=4)}, runs=3)
-    assert all(sorted(calls[start : start + 2]) == ["RandomPruner", NONE] for start in range(0, 8, 2))
-    assert len(calls) == 8
-    assert (none.ttft_ms, pruned.ttft_ms) == (8.0, 2.0)
-    assert (none.ttft_ratio, pruned.ttft_ratio) == (1.0, 0.25)
+    monkeypatch.setattr(latency, "_run", run_of({NONE: 8.0, "random": 2.5, LIMIT: 2.0}, calls))
+    chosen = variants([("random", RandomPruner(num_tokens=4))], PATCHES)
+    none, pruned, limit = measure(model, inputs, chosen, runs=3)
+    assert all(sorted(calls[start : start + 3]) == sorted([NONE, LIMIT, "random"]) for start in range(0, 12, 3))
+    assert len(calls) == 12
+    assert (none.ttft_ratio, pruned.ttft_ratio, limit.ttft_ratio) == pytest.approx((1.0, 2.5 / 8, 0.25))
+    assert (none.limit_share, limit.limit_share) == (None, 1.0)
+    assert pruned.limit_share == pytest.approx(0.8)
     assert pruned.selection_share == pytest.approx(0.1)
+    assert pruned.prefill_ms == pytest.approx(0.4 * pruned.ttft_ms)
     assert none.selection_share is None
 
 
-def test_a_machine_that_slows_down_between_rounds_does_not_change_the_ratio(model, monkeypatch):
-    calls = []
-
-    def run(model, inputs, pruner):
-        calls.append(pruner)
-        # Both runs of a round are equally slow.
-        time = 1.5 ** ((len(calls) - 1) // 2) * (8.0 if pruner is None else 2.0)
-        return Sample(ttft=time, encoder=time, selection=None if pruner is None else time / 50, cache_bytes=1)
-
-    monkeypatch.setattr(latency, "_run", run)
-    _, pruned = measure(model, {}, {"random": RandomPruner(num_tokens=4)}, runs=5)
-    assert pruned.ttft_ratio == pytest.approx(0.25)
-    assert pruned.selection_share == pytest.approx(0.02)
+def test_every_budget_has_a_limit_of_its_own():
+    pruners = [
+        ("a", RandomPruner(num_tokens=4)),
+        ("b", RandomPruner(num_tokens=4)),
+        ("b", RandomPruner(keep_ratio=0.5)),
+    ]
+    limits = [each.pruner for each in variants(pruners, PATCHES) if each.kind == "limit" and each.pruner]
+    assert [each.num_tokens for each in limits] == [4, 32]
 
 
-def test_a_pruned_run_reads_fewer_tokens_and_all_its_selecting_is_counted(model):
-    inputs = make_inputs(model)
-    none, dcp = measure(model, inputs, {"dcp": DCPPruner(num_tokens=4)}, runs=1)
-    assert (none.num_tokens, dcp.num_tokens) == (PATCHES, 4)
-    per_token = none.kv_cache_bytes / (PATCHES + latency.TEXT_TOKENS)
-    assert dcp.kv_cache_bytes == per_token * (4 + latency.TEXT_TOKENS)
-    assert dcp.prefill_flops < none.prefill_flops
-    assert dcp.selection_ms is not None
-    assert dcp.selection_share is not None
-    assert 0 < dcp.selection_ms < dcp.ttft_ms
-    assert 0 < dcp.selection_share < 1
+def test_a_pruned_call_reads_fewer_tokens_in_every_count(model, inputs):
+    pruners = [("dcp", DCPPruner(num_tokens=4)), ("staged", DCPPruner(num_tokens=4, acgr=ACGR(schedule=((1, 16),))))]
+    none, dcp, staged, limit = measure(model, inputs, variants(pruners, PATCHES), runs=1, new_tokens=3)
+    assert (none.num_tokens, dcp.num_tokens, limit.num_tokens) == (PATCHES, 4, 4)
+    per_token = none.kv_cache_bytes / (PATCHES + TEXT)
+    assert dcp.kv_cache_bytes == limit.kv_cache_bytes == per_token * (4 + TEXT)
+    flops = [cost.prefill_flops or 0 for cost in (staged, dcp, limit, none)]
+    assert 0 < flops[0] < flops[1] == flops[2] < flops[3]
+    assert (none.encoder_tokens, dcp.encoder_tokens) == (PATCHES, PATCHES)
+    assert staged.encoder_tokens == (2 * PATCHES + 2 * 16) / 4  # four layers in use; the stage acts behind the second
+    for cost in (none, dcp, staged, limit):
+        assert (cost.per_token_ms or 0) > 0
+        assert cost.encoder_ms + (cost.selection_ms or 0) + cost.prefill_ms == pytest.approx(cost.ttft_ms)
 
 
-def test_selecting_inside_the_encoder_counts_as_selecting(model, monkeypatch):
+def test_selecting_inside_the_encoder_counts_as_selecting(model, inputs, monkeypatch):
     reduce = AnchorContextStage.reduce
 
     def slow(stage, tokens):
@@ -92,53 +111,28 @@ def test_selecting_inside_the_encoder_counts_as_selecting(model, monkeypatch):
 
     monkeypatch.setattr(AnchorContextStage, "reduce", slow)
     pruner = DCPPruner(num_tokens=4, acgr=ACGR(schedule=((0, 32), (1, 16))))
-    record = prune_inputs(model, make_inputs(model), pruner).record
+    record = prune_inputs(model, inputs, pruner).record
     assert record is not None
     assert record.milliseconds["select"] > 100
 
 
-def test_the_command_writes_a_result_from_which_the_cost_table_is_drawn(tmp_path: Path, capsys):
-    target = tmp_path / "latency.json"
-    arguments = ["--tiny", "--runs", "1", "--pruner", "dcp_progressive", "--num-tokens", "4", "--json", str(target)]
-    assert latency.run(arguments) == 0
-    result = json.loads(target.read_text())
-    assert [row["pruner"] for row in result["results"]] == ["none", "dcp_progressive"]
-    assert result["environment"]["packages"]["torch"]
-    assert cost(result).count("\n") == 3
-    assert "4 of 64 visual tokens" in capsys.readouterr().out
+@pytest.mark.parametrize(("count", "low", "high"), [(1, 0, 0), (5, 0, 4), (7, 0, 6), (9, 1, 7), (20, 5, 14)])
+def test_the_interval_of_a_median_are_the_order_statistics_of_the_binomial(count, low, high):
+    assert median_interval(list(range(count))) == (low, high)
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeylessPruner(RandomPruner):
-    """Asks for what no model gives."""
+def test_the_peak_of_some_work_is_what_it_holds_at_most():
+    def work() -> None:
+        torch.ones(64 * 2**20, dtype=torch.uint8)
 
-    def score(self, tokens):
-        raise MissingSignalError("KeylessPruner needs the moon, which these tokens do not carry")
-
-
-def test_a_pruner_that_the_model_cannot_serve_is_left_out_aloud_unless_it_was_asked_for(monkeypatch, capsys):
-    pruners = {"random": RandomPruner, "keyless": KeylessPruner}
-    monkeypatch.setattr(latency, "list_pruners", lambda: tuple(pruners))
-    monkeypatch.setattr(latency, "make_pruner", lambda name, num_tokens: pruners[name](num_tokens=num_tokens))
-    assert latency.run(["--tiny", "--runs", "1", "--num-tokens", "4"]) == 0
-    output = capsys.readouterr().out
-    assert "left out keyless: KeylessPruner needs the moon" in output
-    assert "random" in output
-    assert latency.run(["--tiny", "--runs", "1", "--num-tokens", "4", "--pruner", "keyless"]) == 2
-    assert "needs the moon" in capsys.readouterr().err
+    peak = peak_bytes(work, torch.device("cpu"))
+    if peak is None:
+        pytest.skip("this system does not say how much memory a process holds")
+    assert 60 * 2**20 < peak < 100 * 2**20
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--pruner", "dpc"], "did you mean dcp"),
-        (["--num-tokens", "0"], "num_tokens must be at least 1"),
-        (["--json", "/no/such/folder/x.json"], "does not exist; create it first"),
-        (["--runs", "0"], "at least one round"),
-    ],
-)
-def test_a_wrong_argument_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
-    assert latency.run(["--tiny", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error
-    assert error.count("\n") == 1
+def test_a_model_that_does_not_fit_is_refused_with_what_it_needs(monkeypatch):
+    hollow = Hollow(type(build_model(TINY.config(), device="meta")), TINY.config())
+    monkeypatch.setattr(latency, "free_memory", lambda device: 1000)
+    with pytest.raises(InvalidInputError, match=r"take 3\d\d KiB in float32, and 1000 bytes are free"):
+        check_memory(hollow, 1, 10, "cpu")

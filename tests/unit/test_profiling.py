@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from dcp_prune.profiling.architectures import build_model as build_random
+from dcp_prune.profiling.architectures import get_architecture
+from dcp_prune.profiling.counting import Hollow
 from dcp_prune.profiling.flops import llava_prefill_flops
 from dcp_prune.profiling.memory import kv_cache_bytes
 
@@ -74,6 +79,19 @@ def test_the_cache_holds_keys_and_values_of_every_layer_and_token(model):
     _, cache = prefill(model)
     layers, tokens, key_value_heads, head_width, bytes_per_number = 2, 4 + PATCHES, 2, 16, 4
     assert kv_cache_bytes(cache) == 2 * layers * tokens * key_value_heads * head_width * bytes_per_number
+
+
+def test_counting_without_weights_equals_the_formula_to_one_per_cent_for_a_7b_model():
+    config: Any = get_architecture("llava-1.5-7b").config()
+    hollow = Hollow(type(build_random(config, device="meta")), config, torch.bfloat16)
+    images = {"pixel_values": torch.zeros(1, 3, 336, 336)}
+    for visual, stages in ((576, []), (64, [(6, 300), (12, 200)])):
+        encoder = hollow.encoder_flops(images, stages)
+        prefill = hollow.prefill(1, 40 + visual)
+        analytic = llava_prefill_flops(config, text_tokens=40, visual_tokens=visual, stages=stages, encoder_layers=23)
+        assert encoder == pytest.approx(analytic.vision + analytic.projector, rel=0.01)
+        assert prefill.flops == pytest.approx(analytic.language, rel=0.01)
+        assert prefill.cache_bytes == 2 * 32 * 4096 * 2 * (40 + visual)
 
 
 def test_an_unused_cache_is_refused():

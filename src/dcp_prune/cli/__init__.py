@@ -11,7 +11,19 @@ from collections.abc import Sequence
 
 import cyclopts
 
-from dcp_prune.cli import ask, catalogue, compare, completion, evaluate, report, serve, sweep, validate, vllm_args  # noqa: F401
+from dcp_prune.cli import (  # noqa: F401
+    ask,
+    catalogue,
+    compare,
+    completion,
+    evaluate,
+    profile,
+    report,
+    serve,
+    sweep,
+    validate,
+    vllm_args,
+)
 from dcp_prune.cli.common import app, fail, quiet_libraries
 from dcp_prune.errors import DcpPruneError
 

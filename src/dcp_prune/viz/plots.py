@@ -363,3 +363,27 @@ def _legend(
     for text, name in zip(legend.get_texts(), names, strict=True):
         if looks[name].order > 4:
             text.set_fontweight("bold")
+
+
+def time_bars(title: str, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Figure:
+    """Times one below the other, each put together from its parts, in milliseconds.
+
+    Args:
+        title: of the figure.
+        names: of the bars.
+        parts: by what they are, one number for each bar.
+    """
+    with _drawing():
+        figure = _figure(7.2, 1.2 + 0.32 * len(names))
+        axis = figure.subplots()
+        start = np.zeros(len(names))
+        for (part, values), colour in zip(parts.items(), (_HUES[0], _FIRST, _HUES[4], *_HUES[1:]), strict=False):
+            axis.barh(range(len(names)), values, left=start, label=part, color=colour, height=0.7)
+            start = start + np.asarray(values, dtype=float)
+        axis.set_yticks(range(len(names)), labels=list(names))
+        axis.invert_yaxis()
+        axis.set_xlabel("milliseconds to the first token")
+        axis.grid(visible=False, axis="y")
+        figure.legend(loc="outside right upper")
+        _title(figure, title)
+        return figure

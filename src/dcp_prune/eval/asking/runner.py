@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.eval.asking.batch import Batch, Question, groups_of_similar_length, padded
@@ -32,7 +32,7 @@ from dcp_prune.integrations.transformers import (
     prune_inputs,
     unpruned_features,
 )
-from dcp_prune.profiling.first_token import now
+from dcp_prune.profiling.first_token import TokenClock, now
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.pruners.cls_attention import ClsAttentionPruner
 from dcp_prune.tokens import VisualTokens
@@ -355,7 +355,7 @@ class Runner:
                     **{name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")},
                     **image_features_as_inputs(self.model, unpruned_features(self.model, tokens)),
                 }
-        clock = _Clock()
+        clock = TokenClock()
         out = self.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -375,7 +375,7 @@ class Runner:
             answers=[answer.strip() for answer in self.tokenizer.batch_decode(ids, skip_special_tokens=True)],
             log_probs=_finite(out.logits[0]).float().log_softmax(dim=-1) if self.log_probs else None,
             record=record,
-            first_token_at=clock.first,
+            first_token_at=clock.times[0],
         )
 
     @property
@@ -407,17 +407,6 @@ class Runner:
             return np.zeros(len(batch.questions), dtype=np.float32)
         found = batch.reference(full).distances(("kappa",), kept.features, kept.mask, by_question=kept.by_question)
         return found["kappa"].cpu().numpy()
-
-
-class _Clock(StoppingCriteria):
-    """Never stops anything; notes when the first new token was there."""
-
-    first: float | None = None
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if self.first is None:
-            self.first = now(input_ids.device)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def _finite(logits: Float[Tensor, "q w"]) -> Float[Tensor, "q w"]:
