@@ -228,14 +228,14 @@ def _measure(
                 cost.pruner,
                 f"{cost.num_tokens:,}",
                 f"{cost.encoder_tokens:,.0f}",
-                f"{cost.ttft_ms:,.0f}",
-                f"{low:,.0f}-{high:,.0f}",
+                _digits(cost.ttft_ms),
+                f"{_digits(low)}-{_digits(high)}",
                 f"{1 / cost.ttft_ratio:.2f} x",
                 "" if cost.limit_share is None else f"{cost.limit_share:.1%}",
-                f"{cost.encoder_ms:,.0f}",
-                "" if cost.selection_ms is None else f"{cost.selection_ms:,.1f}",
-                f"{cost.prefill_ms:,.0f}",
-                "" if cost.per_token_ms is None else f"{cost.per_token_ms:,.1f}",
+                _digits(cost.encoder_ms),
+                "" if cost.selection_ms is None else _digits(cost.selection_ms),
+                _digits(cost.prefill_ms),
+                "" if cost.per_token_ms is None else _digits(cost.per_token_ms),
                 f"{cost.images_per_second:,.2f}",
                 f"{cost.kv_cache_bytes / 2**20:,.2f}",
                 "?" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:,.0f}",
@@ -319,6 +319,11 @@ def _count(
         )
 
     report_result(result, json, show)
+
+
+def _digits(milliseconds: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{milliseconds:,.{0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2}f}"
 
 
 def _class_of(config: Any) -> Any:
