@@ -142,6 +142,28 @@ def test_a_cache_cropped_to_its_prompt_takes_the_next_question(pruned: Any, make
         cache.crop(length - cache.get_seq_length())
 
 
+def test_a_crop_that_counts_dropped_columns_and_so_removes_nothing_is_noticed(
+    pruned: Any, make_inputs: MakeInputs
+) -> None:
+    inputs = make_inputs(*PROMPTS)
+    cache = prefill(pruned, inputs)
+    ask(pruned, inputs, QUESTIONS[0], cache)
+    cache.crop(inputs["input_ids"].shape[1])  # the length that it was given, not the one that it has
+    with pytest.raises(InvalidInputError, match=r"which holds \d+ columns of it, dropped ones not counted"):
+        ask(pruned, inputs, QUESTIONS[1], cache)
+
+
+def test_samples_of_one_prompt_go_on_each_by_itself(pruned: Any, make_inputs: MakeInputs) -> None:
+    inputs, cache = make_inputs(PROMPTS[0]), DynamicCache()
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3}
+    samples = pruned.generate(**inputs, **options, past_key_values=cache)
+    turn = torch.cat((samples, torch.tensor([QUESTIONS[0]] * 3)), dim=1)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    scratch = pruned.generate(input_ids=turn, pixel_values=inputs["pixel_values"].repeat(3, 1, 1, 1), **greedy)
+    assert torch.equal(pruned.generate(input_ids=turn, past_key_values=cache, **greedy), scratch)
+
+
 def test_a_cache_cropped_into_the_text_goes_on_as_the_shorter_prompt(pruned: Any, make_inputs: MakeInputs) -> None:
     inputs = make_inputs(*PROMPTS)
     cache = prefill(pruned, inputs)

@@ -29,7 +29,7 @@ class CachedPrompt:
     Attributes:
         columns: of the original prompt, in the order in which they were cached; -1 is padding. `b m`.
         width: columns of the original prompt.
-        ids: the original prompt, where all of it is known. `b w`.
+        ids: the original prompt and what was generated behind it, where all of it is known. `b w`.
         next_position: where the column behind it lies, where positions do more than count tokens. `b 1`.
         keys: part of what was cached for these columns, or for the first of them, by which rows are known again; None
             where the cache does not show it. `b n c`.
@@ -58,6 +58,17 @@ class CachedPrompt:
     def repeat(self, times: int) -> CachedPrompt:
         """Each row so many times, one behind the other."""
         return self.select(torch.arange(len(self.columns)).repeat_interleave(times))
+
+    def followed_by(self, ids: Int[Tensor, "b n"]) -> CachedPrompt:
+        """The same with tokens behind it that are in the cache as they are."""
+        new = torch.arange(self.width, self.width + ids.shape[1], device=self.columns.device)
+        return replace(
+            self,
+            columns=torch.cat((self.columns, new.expand(len(self.columns), -1)), dim=1),
+            width=self.width + ids.shape[1],
+            ids=None if self.ids is None else torch.cat((self.ids, ids.to(self.ids)), dim=1),
+            next_position=None if self.next_position is None else self.next_position + ids.shape[1],
+        )
 
     def crop(self, length: int) -> CachedPrompt:
         """What is left of it in a cache of this length.
@@ -231,7 +242,8 @@ def find_new_turn(
         return turn
     if cached is not None and cached.ids is not None and not torch.equal(ids[:, :width], cached.ids.to(ids.device)):
         raise InvalidInputError(
-            "these input_ids do not begin with the prompt that is in the cache; pass the ids that generate "
-            "returned, followed by the new turn, or start with an empty cache"
+            f"these input_ids do not begin with the prompt that is in the cache, which holds {filled} columns of it, "
+            "dropped ones not counted; pass the ids that generate returned, followed by the new turn, crop that many "
+            "columns off that are not to stay, or start with an empty cache"
         )
     return NewTurn(known, width, width)

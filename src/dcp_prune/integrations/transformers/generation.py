@@ -29,8 +29,8 @@ def for_short_prompt(
     call = dict(call)
     cut = original.shape[1] - call["input_ids"].shape[1]
     for limit, newer in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = _setting(limit, call, defaults)
-        if value is None or _setting(newer, call, defaults) is not None:
+        value = setting(limit, call, defaults)
+        if value is None or setting(newer, call, defaults) is not None:
             continue
         lowered = max(value - cut, 0)
         if call.get(limit) is None and call.get("generation_config") is not None:
@@ -49,8 +49,8 @@ def for_short_prompt(
     if call.get("prefix_allowed_tokens_fn") is not None:
         allowed, length = call["prefix_allowed_tokens_fn"], call["input_ids"].shape[1]
         # `generate` counts beams of a prompt as one row, but each of its samples as a row.
-        beams = (_setting("num_beams", call, defaults) or 1) > 1
-        samples = 1 if beams else _setting("num_return_sequences", call, defaults) or 1
+        beams = (setting("num_beams", call, defaults) or 1) > 1
+        samples = 1 if beams else setting("num_return_sequences", call, defaults) or 1
 
         def allowed_behind_original(row: int, ids: Int[Tensor, " s"]) -> Any:
             return allowed(row, torch.cat((original[row // samples], ids[length:])))
@@ -59,7 +59,8 @@ def for_short_prompt(
     return call
 
 
-def _setting(name: str, call: dict[str, Any], defaults: GenerationConfig) -> Any:
+def setting(name: str, call: dict[str, Any], defaults: GenerationConfig) -> Any:
+    """What a call of `generate` says about one of its settings, or the model does."""
     for value in (call.get(name), getattr(call.get("generation_config"), name, None), getattr(defaults, name, None)):
         if value is not None:
             return value

@@ -10,13 +10,14 @@ from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from dcp_prune.budget import DEFAULT_NUM_TOKENS
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.integrations.transformers.cache import CachedPrompt, forget, is_pruned, recall, remember
-from dcp_prune.integrations.transformers.generation import for_short_prompt
+from dcp_prune.integrations.transformers.generation import for_short_prompt, setting
 from dcp_prune.integrations.transformers.inputs import ShortInputs, shorten
 from dcp_prune.integrations.transformers.positions import Positions, check_positions
 from dcp_prune.integrations.transformers.prompt import put_columns
@@ -204,10 +205,12 @@ class PruneHandle:
         output = original(
             **for_short_prompt(short.inputs, call["input_ids"], short.restore, self.model.generation_config)
         )
+        # Beams are sorted at the end, and the rows of the cache are not.
+        beams = (setting("num_beams", call, self.model.generation_config) or 1) > 1
         if isinstance(output, Tensor):
-            self._remember(call.get("past_key_values"), short)
+            self._remember(call.get("past_key_values"), short, None if beams else output)
             return short.restore(output)
-        self._remember(output.get("past_key_values"), short)
+        self._remember(output.get("past_key_values"), short, None if beams else output.sequences)
         output.sequences = short.restore(output.sequences)
         return output
 
@@ -306,12 +309,24 @@ class PruneHandle:
                 self.on_record(short.record)
         return short
 
-    def _remember(self, cache: Any, short: ShortInputs) -> None:
+    def _remember(self, cache: Any, short: ShortInputs, sequences: Int[Tensor, "r s"] | None = None) -> None:
+        """Writes on a cache what is in it.
+
+        Args:
+            cache: behind the call; None if there is none.
+            short: the call.
+            sequences: the short prompt with what was generated, in the rows of the cache.
+        """
         if cache is None or short.columns is None:
             return
         ids = short.original["input_ids"]
         known = ids if ids.shape[1] == short.width else None
-        prompt = remember(cache, CachedPrompt(short.columns, short.width, known, short.next_position))
+        prompt = CachedPrompt(short.columns, short.width, known, short.next_position)
+        if sequences is not None and known is not None:
+            prompt = prompt.repeat(len(sequences) // len(known))
+            behind = sequences[:, short.tensors["input_ids"].shape[1] :]
+            prompt = prompt.followed_by(behind[:, : int(cache.get_seq_length()) - prompt.columns.shape[1]])
+        prompt = remember(cache, prompt)
         if short.record is not None:
             self._recent.append(prompt)
 
