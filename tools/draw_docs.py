@@ -32,7 +32,7 @@ SEED = 1_000_000_000
 TASK = "position"
 SIDE = 288
 BUDGET = 16
-COLUMNS = 5
+COLUMNS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +87,13 @@ def signals(assistant: Assistant, view: View, question: str, other: str) -> Imag
     for text in (question, other):
         relevance = DCPPruner(num_tokens=BUDGET).tatcs.read(asked(assistant, view, text)).relevance[0]
         panels.append(Tile(heat_map(view.image, relevance.numpy(), grid), ("Relevance", text)))
-    return sheet([panels], title="")
+    return sheet(in_rows(panels, 2), title="")
 
 
 @torch.no_grad()
 def stages(assistant: Assistant, view: View) -> Image.Image:
     """What each stage inside the encoder keeps, and which anchor its context goes to."""
-    grid = Grid.fit(*view.shape, SIDE)
+    grid = Grid.fit(*view.shape, SIDE - 48)  # cells too small for numbers, of which there would be too many
     encoded = encode_images(assistant.model, view.seen.pixels, WatchedPruner(num_tokens=BUDGET))
     panels = []
     for stage in encoded.stages:
@@ -106,7 +106,7 @@ def stages(assistant: Assistant, view: View) -> Image.Image:
             Tile(kept_tokens(view.image, kept, grid), (f"After layer {stage.layer + 1}", f"{len(kept)} anchors")),
             Tile(absorption_map(view.image, kept, assignment, grid), ("", "which anchor each context goes to")),
         ]
-    return sheet([panels], title="")
+    return sheet(in_rows(panels, 2), title="")
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def selection(assistant: Assistant, view: View, question: str) -> Image.Image:
         Tile(absorption_map(view.image, centres[0].tolist(), clusters, grid), ("4 Clusters", "one around each centre")),
         Tile(kept_tokens(view.image, kept, grid), ("5 Kept tokens", kappa_of(result.indices))),
     ]
-    return sheet([panels], title="")
+    return sheet(in_rows(panels, COLUMNS), title="")
 
 
 def every_pruner(assistant: Assistant, image: Image.Image, question: str) -> Image.Image:
@@ -152,8 +152,16 @@ def every_pruner(assistant: Assistant, image: Image.Image, question: str) -> Ima
         reply = assistant.ask(view, prompt, pruner)
         panel = kept_tokens(view.image, reply.record.indices[0].tolist(), grid)
         panels.append(Tile(panel, (name, f"answer: {reply.text}, kappa {reply.kappa:.2f}")))
-    rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
-    return sheet(rows, title="", footer=f"{question} {BUDGET} of {view.num_tokens} visual tokens, testbed (natural)")
+    return sheet(
+        in_rows(panels, COLUMNS),
+        title="",
+        footer=f"{question} {BUDGET} of {view.num_tokens} visual tokens, testbed (natural)",
+    )
+
+
+def in_rows(panels: list[Tile], columns: int) -> list[list[Tile]]:
+    """The panels from left to right in rows, so that a page need not make them smaller."""
+    return [panels[start : start + columns] for start in range(0, len(panels), columns)]
 
 
 def asked(assistant: Assistant, view: View, question: str) -> VisualTokens:
