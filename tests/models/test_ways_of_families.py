@@ -14,10 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcp_prune.errors import InvalidInputError
-from dcp_prune.integrations.transformers import prune
-from dcp_prune.models.packed import PackedTower
-from dcp_prune.models.pixtral import PixtralTower
+from dcp_prune.integrations.transformers import prune, prune_inputs
 from dcp_prune.registry import make_pruner
 from quantised import QuantisedLinear, replace_linears
 
@@ -91,6 +88,8 @@ def test_questions_on_copies_of_one_cache_equal_each_from_scratch(family: Family
 def test_hooks_on_the_whole_tower_see_what_they_see_unpruned(family: Family, inputs: dict[str, Any]) -> None:
     model = copy.deepcopy(family.model)
     expected = answers(model, inputs)
+    attentive = make_pruner("cls_attention", num_tokens=5)
+    by_attention = prune_inputs(model, inputs, attentive).record
     seen: list[tuple[Any, ...]] = []
 
     def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
@@ -100,14 +99,15 @@ def test_hooks_on_the_whole_tower_see_what_they_see_unpruned(family: Family, inp
     tower: Any = family.adapter.tower.module
     names = {module: name for name, module in family.model.named_modules()}
     model.get_submodule(names[tower]).register_forward_hook(look, with_kwargs=True)
-    if isinstance(family.adapter.tower, PackedTower | PixtralTower):
-        with pytest.raises(InvalidInputError, match="hooks on the vision tower, which would not be called"):
-            answers(model, inputs)
-        return
     assert_same(answers(model, inputs), expected)
+    pruned, seen = seen, []
+    found = prune_inputs(model, inputs, attentive).record
+    assert found is not None
+    assert by_attention is not None
+    assert torch.equal(found.indices, by_attention.indices)
     if family.modality == "video":
         return  # whose frames the model itself takes in other batches
-    pruned, seen = seen, []
+    seen.clear()
     with torch.no_grad():
         model(**inputs)
     assert len(pruned) == len(seen) == 1

@@ -20,7 +20,7 @@ from transformers.vision_utils import (
 )
 
 from dcp_prune.models.base import Reduction
-from dcp_prune.models.tower import Walk, packed_signals, refuse_hooks
+from dcp_prune.models.tower import Walk, asks_for_whole, packed_signals
 from dcp_prune.tokens import EncoderTokens, Signal, compose_assignments
 
 
@@ -140,7 +140,8 @@ class PackedTower:
             positions: (row, col) of each unit in its frame, for stages.
         """
         tower, plan = self.module, {stage.layer: stage for stage in stages}
-        refuse_hooks({"the vision tower": tower})
+        if asks_for_whole({"the vision tower": tower}, stages):
+            return self._run_whole(pixel_values, grids, signals, lap)
         pack = self._embed(pixel_values, grids)
         total = len(pack.order)
         captured: dict[str, Tensor] = {}
@@ -173,6 +174,33 @@ class PackedTower:
         walk = None if reduced is None else reduced.walk(captured, features, tuple(stages))
         return PackedWalk(features, tuple(deepstack), captured, walk)
 
+    def _run_whole(
+        self,
+        pixel_values: Float[Tensor, "p c"],
+        grids: Int[Tensor, "i 3"],
+        signals: AbstractSet[Signal],
+        lap: Callable[[str], None],
+    ) -> PackedWalk:
+        """`walk` by the tower's own `forward`, which calls every hook with what the model itself would give it."""
+        tower, last = self.module, self.num_layers - 1
+        weight = tower.patch_embed.proj.weight
+        pixels = pixel_values.type(tower.dtype)
+        pixels = pixels if weight.is_meta else pixels.to(weight.device)
+        grids = grids.to(pixels.device)
+        output = tower(pixels, grid_thw=grids, output_hidden_states=True, return_dict=True)
+        lap("encode")
+        pack = self._pack(output.hidden_states[last], grids, in_windows=True)
+        segments = pack.windows if last not in self._full else pack.frames
+        captured = self._capture(tower.blocks[last], pack, segments, signals)
+        if signals:
+            captured["features"] = output.last_hidden_state.unflatten(0, (-1, self.cell)).mean(dim=1)
+        rank = pack.order.argsort()
+        captured = {name: value[rank.to(value.device)] for name, value in captured.items()}
+        lap("select")
+        return PackedWalk(
+            output.pooler_output, tuple(getattr(output, "deepstack_features", None) or ()), captured, None
+        )
+
     @property
     def _full(self) -> Sequence[int]:
         """Layers that attend to whole frames."""
@@ -194,13 +222,19 @@ class PackedTower:
                 spatial_merge_size=tower.spatial_merge_size,
             )
             hidden = hidden + (tower.pos_embed(taps) * weights[:, :, None]).sum(1).to(hidden.dtype)
+        return self._pack(hidden, grids)
+
+    def _pack(self, hidden: Float[Tensor, "p v"], grids: Int[Tensor, "i 3"], in_windows: bool = False) -> _Pack:
+        """The sequence of embedded patches, cell by cell, or already window by window."""
+        tower = self.module
         rotary = tower.rotary_pos_emb(hidden, get_vision_position_ids(grids, tower.spatial_merge_size))
         frames, _ = get_vision_attention_seqlens(grids, tower.config)
         if not hasattr(tower, "fullatt_block_indexes"):
             order = torch.arange(len(hidden) // self.cell, device=hidden.device)
             return _Pack(hidden, tuple(rotary), order, frames, frames, None)
         order, windows = get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)
-        hidden, *rotary = (each.unflatten(0, (-1, self.cell))[order].flatten(0, 1) for each in (hidden, *rotary))
+        before, *rotary = (each.unflatten(0, (-1, self.cell))[order].flatten(0, 1) for each in (hidden, *rotary))
+        hidden = hidden if in_windows else before
         order = order.to(hidden.device)
         lengths = windows.diff().long().to(hidden.device) // self.cell
         homes = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)[order.argsort()]

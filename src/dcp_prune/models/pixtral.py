@@ -20,7 +20,7 @@ from transformers.models.pixtral.modeling_pixtral import (
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
 from dcp_prune.models.base import EncodedImages, ModelAdapter, Reduction
 from dcp_prune.models.layout import ImageLayout, pad_images, plain_layout
-from dcp_prune.models.tower import feature_layers, merge_cells, packed_signals, refuse_hooks
+from dcp_prune.models.tower import asks_for_whole, feature_layers, merge_cells, packed_signals
 from dcp_prune.tokens import Signal
 
 
@@ -57,24 +57,28 @@ class PixtralTower:
             lap: as for `ModelAdapter.encode`.
         """
         tower = self.module
-        refuse_hooks({"the vision tower": tower, "its encoder": tower.transformer})
         grids = [(height // tower.patch_size, width // tower.patch_size) for height, width in sizes]
         lengths = [rows * cols for rows, cols in grids]
         weight = tower.patch_conv.weight
         pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
-        patches = tower.patch_conv(pixels.to(weight.dtype))
-        cut = [each[:, :rows, :cols].flatten(1).T for each, (rows, cols) in zip(patches, grids, strict=True)]
-        hidden = tower.ln_pre(torch.cat(cut).unsqueeze(0))
-        positions = torch.cat([plain_layout(*grid).positions for grid in grids]).long().to(hidden.device)
-        rotary = tower.patch_positional_embedding(hidden, positions)
-        mask = None if self.one_by_one else generate_block_attention_mask(lengths, hidden)
-        *before, last = tower.transformer.layers[: self.num_layers]
-        for layer in before:
-            hidden = layer(hidden, mask, position_embeddings=rotary)
+        positions = torch.cat([plain_layout(*grid).positions for grid in grids]).long()
+        last = tower.transformer.layers[self.num_layers - 1]
+        if asks_for_whole({"the vision tower": tower, "its encoder": tower.transformer}):
+            output = tower(pixels, image_sizes=sizes, output_hidden_states=True, return_dict=True)
+            hidden, after = output.hidden_states[self.num_layers - 1 : self.num_layers + 1]
+            rotary, mask = tower.patch_positional_embedding(hidden, positions.to(hidden.device)), None
+        else:
+            patches = tower.patch_conv(pixels.to(weight.dtype))
+            cut = [each[:, :rows, :cols].flatten(1).T for each, (rows, cols) in zip(patches, grids, strict=True)]
+            hidden, after = tower.ln_pre(torch.cat(cut).unsqueeze(0)), None
+            rotary = tower.patch_positional_embedding(hidden, positions.to(hidden.device))
+            mask = None if self.one_by_one else generate_block_attention_mask(lengths, hidden)
+            for layer in tower.transformer.layers[: self.num_layers - 1]:
+                hidden = layer(hidden, mask, position_embeddings=rotary)
         lap("encode")
         captured = self._capture(last, hidden, rotary, lengths, signals)
         lap("select")
-        hidden = last(hidden, mask, position_embeddings=rotary)
+        hidden = last(hidden, mask, position_embeddings=rotary) if after is None else after
         if signals:
             captured["features"] = list(hidden.squeeze(0).split(lengths))
         return hidden, captured

@@ -176,13 +176,7 @@ class Tower:
         embeddings = self.module.embeddings
         weight = self.patch_weight
         pixels = pixel_values if weight.is_meta else pixel_values.to(weight.device)  # meta: offloaded, and loads itself
-        hooked = hooked_modules({"the vision tower": self.module, "its encoder": self.module.encoder})
-        if hooked and plan:
-            raise InvalidInputError(
-                f"there are hooks on {' and '.join(hooked)}, which run only where it runs as a whole, and this pruner "
-                "drops tokens inside it; remove the hooks, or choose a pruner without stages in the encoder"
-            )
-        if hooked:
+        if asks_for_whole({"the vision tower": self.module, "its encoder": self.module.encoder}, stages):
             return self._run_whole(pixels, signals, lap, real)
         hidden = embeddings(pixels) if real is None else embeddings(pixels, real.to(pixels.device))
         if hasattr(self.module, "pre_layrnorm"):
@@ -277,29 +271,26 @@ class Tower:
         return found
 
 
-def hooked_modules(modules: Mapping[str, Any]) -> list[str]:
-    """Names of those that somebody hung a hook on; what transformers hangs there to collect outputs does not count."""
+def asks_for_whole(modules: Mapping[str, Any], stages: Sequence[Reduction] = ()) -> bool:
+    """Whether somebody hung a hook on one of these, which a walk passes by; what transformers hangs there itself, to
+    collect outputs, does not count.
 
-    def hooked(module: Any) -> bool:
+    Raises:
+        InvalidInputError: yes, and tokens are to be dropped inside.
+    """
+
+    def is_hooked(module: Any) -> bool:
         kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
         hooks = [hook for kind in kinds for hook in getattr(module, kind, {}).values()]
         return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
-    return [name for name, module in modules.items() if hooked(module)]
-
-
-def refuse_hooks(modules: Mapping[str, Any]) -> None:
-    """For towers of which some modules are never called.
-
-    Raises:
-        InvalidInputError: somebody hung a hook on one of these.
-    """
-    hooked = hooked_modules(modules)
-    if hooked:
+    hooked = [name for name, module in modules.items() if is_hooked(module)]
+    if hooked and stages:
         raise InvalidInputError(
-            f"there are hooks on {' and '.join(hooked)}, which would not be called while pruning; hang them on single "
-            "layers, or remove them"
+            f"there are hooks on {' and '.join(hooked)}, which run only where it runs as a whole, and this pruner "
+            "drops tokens inside it; remove the hooks, or choose a pruner without stages in the encoder"
         )
+    return bool(hooked)
 
 
 @dataclass(frozen=True)
