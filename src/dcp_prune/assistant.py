@@ -1,4 +1,4 @@
-"""A vision-language model by name that is asked about one image, with all visual tokens or with a few."""
+"""A vision-language model by name, to ask about one image with all visual tokens or with a few."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class View:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and what it took.
+    """An answer and what it cost.
 
     Attributes:
-        text: what was generated.
-        visual_tokens: that the language model read.
-        prefill_tokens: length of the prompt that it read, visual tokens included.
-        milliseconds: of the stages; `first_token` is all up to the first new token: encoder, selection and prefill.
-        kappa: shift of the features that reached the language model against those of an unpruned pass.
-        record: what the pruner did; None without one.
+        text: the generated text.
+        visual_tokens: how many of them the language model read.
+        prefill_tokens: length of the prompt that it read, with visual tokens.
+        milliseconds: of the stages; `first_token` is the sum up to the first new token: encoder, selection, prefill.
+        kappa: distribution shift of the features that reached the language model, against an unpruned pass.
+        record: what the pruner did; None without a pruner.
     """
 
     text: str
@@ -152,7 +152,7 @@ class Assistant:
             )
 
     def unknown_words(self, question: str) -> tuple[str, ...]:
-        """Words of the question that this model's tokenizer cannot tell from any other unknown word."""
+        """Words of the question that are unknown to this model's tokenizer."""
         tokenizer: Any = self.processor.tokenizer  # type: ignore[attr-defined]
         unknown = tokenizer.unk_token_id
         if unknown is None:
@@ -167,7 +167,7 @@ class Assistant:
         return None if checkpoint is None else world_of(checkpoint).knows
 
     def doubt(self, questions: Iterable[str], sizes: Iterable[tuple[int, int]]) -> str | None:
-        """Why answers may mean nothing, in one sentence; None if nothing speaks for it.
+        """Why answers may mean nothing, in one sentence; None if there is no reason for doubt.
 
         Args:
             questions: that are to be asked.
@@ -213,7 +213,7 @@ class Assistant:
             view: of the image, from `look`.
             prompt: with exactly one image placeholder.
             pruner: one of those that the image was encoded for; None reads all visual tokens.
-            max_new_tokens: where the answer is cut off at the latest.
+            max_new_tokens: the longest answer, in tokens.
 
         Raises:
             InvalidInputError: the prompt does not hold exactly one placeholder, the image was not encoded for this
@@ -246,10 +246,10 @@ def image_marker(processor: Any) -> str:
 
 
 def check_placeholders(prompt: str, marker: str = "<image>") -> None:
-    """Makes sure that a prompt speaks of exactly one image.
+    """Checks that a prompt has exactly one image.
 
     Raises:
-        InvalidInputError: it holds no placeholder, or more than one.
+        InvalidInputError: it has no placeholder, or more than one.
     """
     count = prompt.count(marker)
     if count == 0:

@@ -1,4 +1,4 @@
-"""Pruned against unpruned answers on a user's own images and questions, without knowing what is right."""
+"""Pruned against unpruned answers on a user's own images and questions, without right answers."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def compare(
         questions: from `read_pictures`.
         methods: pruners at budgets below the image's number of tokens.
         prompt: makes a question into a prompt with one image placeholder.
-        max_new_tokens: where an answer is cut off at the latest.
-        batch_size: questions that are answered at once.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: how many questions are answered at once.
         progress: called with the questions done and the questions in all.
 
     Raises:
@@ -132,7 +132,7 @@ def compare(
 
 
 def check_method(method: Method) -> None:
-    """Makes sure that a method can be compared with the unpruned model.
+    """Checks that a method can be compared with the unpruned model.
 
     Raises:
         InvalidInputError: it prunes nothing, reads another text than the question, or has no fixed budget.

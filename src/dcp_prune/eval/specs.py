@@ -1,4 +1,4 @@
-"""Who takes part in an evaluation: a pruner with its options, a budget, and what it gets to read of the question."""
+"""Who takes part in an evaluation: a pruner with its options, its budget, and what it reads of the question."""
 
 from __future__ import annotations
 

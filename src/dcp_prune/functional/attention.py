@@ -1,6 +1,6 @@
 """How much attention a visual token gets, from queries and keys alone: no n x n map, so fast attention kernels stay on.
 
-All of it in float32 whatever the dtype of the inputs, since the ranking of 576 small numbers hangs on it.
+Everything is computed in float32, whatever the dtype of the inputs, since the ranking of 576 small numbers needs it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def received_attention(
     """Attention that each token receives, averaged over heads and all queries: saliency for encoders without [CLS].
 
     Works through the queries in blocks, so that at most `b h block_size n` logits exist at once. Padding, where `mask`
-    is False, neither asks nor receives.
+    is False, neither attends nor is attended to.
     """
     b, n, _, c = queries.shape
     total = torch.zeros(b, n, dtype=torch.float32, device=queries.device)

@@ -1,4 +1,4 @@
-"""Representatives and the tokens they stand for: greedy centres, clusters, and a new member chosen from each."""
+"""Representatives and the tokens they stand for: greedy centres, clusters, and one member chosen from each."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def unmet_demand(
     demand: Float[Tensor, "b n"] | None = None,
     mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b k"]:
-    """What the first pick, the first two, ..., all k of them leave to gain in `facility_location`, as a share.
+    """The share of the demand that the first pick, the first two picks, ..., and all k picks leave unmet.
 
     1 - sum_i demand_i cover_i / sum_i demand_i max_j similarity_ij, where cover_i, at least 0, is token i's similarity
     to its closest pick: 1 before any pick, 0 once all tokens are picked; it never rises from one pick to the next.
@@ -65,7 +65,7 @@ def unmet_demand(
         similarity: `b n n`.
         picks: positions among the n tokens, in the order of picking. `b k`.
         demand: as for `facility_location`. `b n`.
-        mask: False marks padding, which asks for nothing and covers nothing. `b n`.
+        mask: False marks padding, which has no demand and covers nothing. `b n`.
     """
     need = similarity.new_ones(similarity.shape[:2]) if demand is None else demand.to(similarity.dtype)
     best = similarity
@@ -128,7 +128,7 @@ def max_coverage(
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """The similarity scale * S + V V^T, which is never built: columns and products of it are all that anyone asks for.
+    """The similarity scale * S + V V^T. It is never built, since only its columns and products are needed.
 
     Attributes:
         similarity: S. `b n n`.

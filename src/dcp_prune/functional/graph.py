@@ -1,4 +1,4 @@
-"""The context-to-anchor graph: what the removed tokens hand over to the kept ones."""
+"""The context-to-anchor graph: what the removed tokens pass on to the kept ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ContextGraph:
     Attributes:
         anchors: positions of the anchors, ascending. `b m`.
         contexts: positions of all other tokens, ascending. `b c`, with c = n - m.
-        slots: the anchors that each context hands its mass to, as slots in 0..m-1, strongest first. `b c r`.
-        weights: the share each of them gets; sums to 1 over r. `b c r`.
+        slots: the anchors that get the mass of each context, as slots in 0..m-1, strongest first. `b c r`.
+        weights: the share that each of them gets; they sum to 1 over r. `b c r`.
     """
 
     anchors: Int[Tensor, "b m"]
@@ -53,7 +53,7 @@ def context_to_anchor_graph(
     temperature: float = 0.1,
     sigma: float | None = 4.0,
 ) -> ContextGraph:
-    """Ties every context token to the anchors that look like it and lie near it.
+    """Ties every context token to the anchors that are similar and near.
 
     w_ca ~ exp(cos(x_c, x_a) / temperature - |p_c - p_a|^2 / (2 sigma^2)), cut to each context's strongest anchors and
     normalised over them. The largest tensor is c x m, without a heads axis. (Our reading of the paper's "semantic and
@@ -85,7 +85,7 @@ def propagate(
     importance: Float[Tensor, "b n"] | None = None,
     rescale: bool = True,
 ) -> Float[Tensor, "b m v"]:
-    """The anchors after their contexts were poured into them along the graph ("recover").
+    """The anchors after their contexts were added to them along the graph ("recover").
 
     x_a <- (x_a + strength * sum_c w_ca g_c x_c) / (1 + strength * sum_c w_ca g_c), then optionally back to x_a's norm.
     Sums in float32, returned in the features' dtype. (Ours.)

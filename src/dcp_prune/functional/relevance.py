@@ -35,7 +35,7 @@ def word_confidence(
     margin: float = 0.0,
     span: float = 4.0,
 ) -> Float[Tensor, "b t"]:
-    """How surely each word points at something in the image, in [0, 1]: how far its best token stands out.
+    """The confidence that each word points at something in the image, in [0, 1]: how far its best token stands out.
 
     The z-score of the word's best token among all tokens, less sqrt(2 ln n), which is about the best that n tokens
     reach by chance (3.6 of 576), less `margin`, over `span`, clipped. A flat or noisy map gives 0.
@@ -44,7 +44,7 @@ def word_confidence(
         cosines: from `word_similarity`. `b n t`.
         mask: False marks padded visual tokens. `b n`.
         text_mask: False marks padded words, whose confidence is 0. `b t`.
-        margin: standard deviations to ask for beyond chance; negative trusts words earlier.
+        margin: standard deviations beyond chance that a word needs; a negative margin trusts words earlier.
         span: standard deviations from no confidence to full confidence.
     """
     if mask is None:
@@ -63,7 +63,7 @@ def word_confidence(
 
 
 def token_relevance(cosines: Float[Tensor, "b n t"], word_weights: Float[Tensor, "b t"]) -> Float[Tensor, "b n"]:
-    """How much the question speaks of each token, in [0, 1].
+    """How much the question is about each token, in [0, 1].
 
     relevance_i = max over words t of word_weights_t * max(0, cosines_it) / (the word's best cosine). `b n`.
     """

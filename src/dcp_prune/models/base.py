@@ -71,10 +71,10 @@ class EncodedImages:
 
     Attributes:
         tokens: the visual tokens, one row per image, without a question.
-        layouts: where the tokens of each image lie; empty if nobody said so, and every image is one tile.
+        layouts: where the tokens of each image are; empty if it is unknown, and every image is then one tile.
         stages: the in-encoder reductions that were applied, to each tile by itself.
         stage_stats: what each stage reported, in the same order, with a row per tile.
-        stage_tokens: tokens per tile that the layers behind each stage computed, padding included, in the same order.
+        stage_tokens: tokens per tile that the layers after each stage computed, with padding, in the same order.
         deepstack: features that the language model adds to visual tokens behind its first layers, one tensor a layer,
             for each original token; empty for most models. `b N d`.
         separators: features of the separators of each image in the order of the prompt, zero behind its last; None
@@ -120,10 +120,10 @@ WITHOUT_CLS = frozenset({Signal.ENCODER_FEATURES, Signal.CLS_ATTENTION, Signal.K
 
 
 class ModelAdapter(ABC):
-    """All that an integration has to know about the images of one architecture; stateless, built anew for every call.
+    """All that an integration needs to know about the images of one architecture; stateless, and built for each call.
 
-    The videos of a model, where it has any, are the matter of an adapter of their own, `video`: to it a video is an
-    image, and a frame is a tile.
+    If a model has videos, another adapter, `video`, is responsible for them: to it, a video is an image and a frame is
+    a tile.
 
     Raises (at construction):
         UnsupportedModelError: the model is of the right class but set up in a way that the adapter cannot prune.
@@ -199,7 +199,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def layouts(self, images: Mapping[str, Any]) -> list[ImageLayout]:
-        """Where the tokens of each image lie, from the pixels and `image_details`; no value is computed.
+        """Where the tokens of each image are, from the pixels and `image_details`; no value is computed.
 
         Args:
             images: model inputs. Adapters whose pixels do not say which tiles make up an image read that from the
@@ -227,10 +227,10 @@ class ModelAdapter(ABC):
         layouts: Mapping[str, Sequence[ImageLayout]],
         details: Mapping[str, Any],
     ) -> Int[Tensor, "p b l"] | None:
-        """Where a whole prompt lies along each axis of the language model's rotary embedding; None where positions just
+        """Where a whole prompt is along each axis of the language model's rotary embedding; None if positions just
         count tokens.
 
-        Kept tokens go on to lie where they lay. A prompt that continues another is placed as if it began at 0.
+        Kept tokens keep their places. A prompt that continues another is placed as if it began at 0.
 
         Args:
             ids, mask: the prompt before anything is dropped.
@@ -337,11 +337,10 @@ def supported_architectures() -> tuple[str, ...]:
 
 
 def adapter_class(architecture: str) -> type[ModelAdapter]:
-    """What supports a model class of `supported_architectures`, for its flags. A built-in name goes before an entry
-    point's.
+    """The adapter class for a name in `supported_architectures`. Built-in names go before those of entry points.
 
     Raises:
-        UnsupportedModelError: the entry point of another package leads to no adapter.
+        UnsupportedModelError: the entry point of another package does not lead to an adapter.
     """
     target = _ADAPTERS.get(architecture) or _foreign_adapters()[architecture]
     module, _, attribute = target.partition(":")
@@ -375,9 +374,9 @@ def get_adapter(model: Any) -> ModelAdapter:
     """The adapter of a loaded model, by the name of its class or of a parent class, and by its vision tower.
 
     Raises:
-        UnsupportedModelError: no adapter, an encoder-decoder model, tensor parallelism, or whatever the adapter
-            itself cannot prune.
-        UnsupportedVersionError: this version of transformers cannot be handed features.
+        UnsupportedModelError: no adapter, an encoder-decoder model, tensor parallelism, or settings that the adapter
+            cannot prune.
+        UnsupportedVersionError: this version of transformers takes no features.
     """
     model = base_model(model)
     names = [cls.__name__ for cls in type(model).__mro__]
