@@ -321,6 +321,20 @@ def test_restore_puts_the_original_prompt_back(model: Any, make_inputs: MakeInpu
     assert torch.equal(restored[:, -3:], ids[:, -3:])
 
 
+def test_logits_go_back_to_the_original_columns(pristine_model: Any, make_inputs: MakeInputs, pruner: Pruner) -> None:
+    inputs = make_inputs(*PROMPTS)
+    short = prune_inputs(pristine_model, inputs, pruner)
+    with torch.no_grad():
+        logits = pristine_model(**short.inputs).logits
+    long = short.restore_logits(logits)
+    assert long.shape[:2] == inputs["input_ids"].shape
+    assert short.columns is not None
+    for row, columns in enumerate(short.columns):
+        real = columns >= 0
+        assert torch.equal(long[row, columns[real]], logits[row, real])
+        assert (long[row].abs().sum(dim=-1) > 0).sum() == real.sum(), "0 elsewhere"
+
+
 def test_each_image_hears_the_question_of_its_own_row(
     pristine_model: Any, make_inputs: MakeInputs, processor: Any
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 from families import FAMILIES, Family
 from transformers.utils.generic import TransformersKwargs
 
-from dcp_prune.integrations.transformers.inputs import SHORTENED_OTHERWISE
+from dcp_prune.integrations.transformers.arguments import SHORTENED_OTHERWISE
 from dcp_prune.models import get_adapter
 
 ROWS_BY_COLUMNS = {"input_ids", "labels", "token_type_ids", "mm_token_type_ids", "seq_idx"}

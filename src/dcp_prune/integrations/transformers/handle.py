@@ -20,7 +20,6 @@ from dcp_prune.integrations.transformers.cache import CachedPrompt, forget, is_p
 from dcp_prune.integrations.transformers.generation import for_short_prompt, setting
 from dcp_prune.integrations.transformers.inputs import ShortInputs, shorten
 from dcp_prune.integrations.transformers.positions import Positions, check_positions
-from dcp_prune.integrations.transformers.prompt import put_columns
 from dcp_prune.integrations.transformers.question import FindWords, Question, Text, TextScope
 from dcp_prune.integrations.transformers.record import PruneRecord, warn_if_nothing_was_pruned
 from dcp_prune.models import base_model, get_adapter
@@ -332,17 +331,14 @@ class PruneHandle:
 
 
 def _with_long_logits(output: Any, short: ShortInputs, call: Mapping[str, Any]) -> Any:
-    """Logits in the columns of the labels that the caller gave, 0 where a token was dropped."""
+    """Logits in the columns of the labels that the caller gave."""
     wanted = call.get("logits_to_keep")
     logits = output[1] if isinstance(output, tuple) else output.get("logits")
-    if logits is None or short.columns is None or not (wanted is None or (isinstance(wanted, int) and wanted == 0)):
+    if logits is None or not (wanted is None or (isinstance(wanted, int) and wanted == 0)):
         return None
-    given = short.original["input_ids"].shape[1]
-    own = short.columns[:, short.columns.shape[1] - call["input_ids"].shape[1] :]
-    long = put_columns(logits, torch.where(own < 0, -1, own - (short.width - given)), given)
     if isinstance(output, tuple):
-        return (output[0], long, *output[2:])
-    output.logits = long
+        return (output[0], short.restore_logits(logits), *output[2:])
+    output.logits = short.restore_logits(logits)
     return output
 
 
