@@ -138,7 +138,12 @@ class Assistant:
         processor: Any = self.processor
         return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
 
-    def _check_length(self, prompt: str, max_new_tokens: int) -> None:
+    def check_length(self, prompt: str, max_new_tokens: int) -> None:
+        """Makes sure that the model can read a prompt and write so many tokens.
+
+        Raises:
+            InvalidInputError: it is longer than the model's context.
+        """
         config: Any = self.model.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if most is None:
@@ -191,7 +196,7 @@ class Assistant:
 
     def look(self, image: Image.Image, *pruners: Pruner | None) -> View:
         """What the model sees of an image, RGB, encoded once for all these pruners and for none."""
-        methods = dict.fromkeys(_method(pruner) for pruner in (None, *pruners))
+        methods = dict.fromkeys(method_of(pruner) for pruner in (None, *pruners))
         seen = Runner(self.model, self.processor, [*methods], saliency=True).look([image])
         tokens = seen.full
         rows, cols = (int(size) + 1 for size in tokens.positions[0].amax(dim=0).tolist())
@@ -222,8 +227,8 @@ class Assistant:
         check_placeholders(prompt, image_marker(self.processor))
         if max_new_tokens < 1:
             raise InvalidInputError(f"an answer needs at least 1 new token, got max_new_tokens={max_new_tokens}")
-        self._check_length(prompt, max_new_tokens)
-        method = _method(pruner)
+        self.check_length(prompt, max_new_tokens)
+        method = method_of(pruner)
         if method not in view.seen.stages:
             raise InvalidInputError(f"the image was not encoded for {pruner}; hand it to assistant.look as well")
         runner = Runner(self.model, self.processor, [method], max_new_tokens=max_new_tokens)
@@ -236,7 +241,8 @@ class Assistant:
         return Reply.of(answered)
 
 
-def _method(pruner: Pruner | None) -> Method:
+def method_of(pruner: Pruner | None) -> Method:
+    """A pruner as the runner takes it; None reads all visual tokens."""
     return Method(ALL_TOKENS if pruner is None else type(pruner).__name__, None, pruner)
 
 

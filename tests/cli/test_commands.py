@@ -280,3 +280,35 @@ def test_an_evaluation_that_fails_leaves_an_old_result_alone(dcp_prune: Run, mon
     assert outcome.code == 130
     assert Path("out.json").read_text() == "old"
     assert [path.name for path in Path.cwd().iterdir()] == ["out.json"]
+
+
+def test_a_file_of_questions_is_answered_and_a_second_run_has_nothing_to_do(
+    dcp_prune: Run, picture: Path, tmp_path: Path
+) -> None:
+    line = json.dumps({"image": str(picture), "question": "what is here ?"})
+    (tmp_path / "questions.jsonl").write_text(f"{line}\n{{\n{line}\n")
+    command = ("run", "--batch-file", "questions.jsonl", "--output", "answers.jsonl", "--max-new-tokens", "2")
+    outcome = dcp_prune(*command)
+    assert outcome.code == 0, outcome.err
+    assert "2 new answers" in outcome.out
+    assert "1 lines could not be asked; answers.jsonl.errors says why" in outcome.err
+    assert [json.loads(row)["line"] for row in (tmp_path / "answers.jsonl").read_text().splitlines()] == [1, 3]
+    assert "0 new answers" in dcp_prune(*command).out
+    refused = dcp_prune(*command, "--num-tokens", "8")
+    assert (refused.code, "belongs to a run with another pruner" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "give --image with a question, or --batch-file"),
+        (("--batch-file", "q.jsonl"), "--batch-file needs --output"),
+        (("--batch-file", "q.jsonl", "--output", "a.jsonl", "--question", "what ?"), "leave --image, --question"),
+        (("--batch-file", "q.jsonl", "--output", "a.jsonl"), "q.jsonl cannot be read"),
+        (("--image", "x.png", "--question", "what ?", "--output", "a.jsonl"), "--output is for the answers"),
+    ],
+)
+def test_run_takes_one_question_or_a_file(dcp_prune: Run, arguments: Any, sentence: str) -> None:
+    outcome = dcp_prune("run", *arguments)
+    assert outcome.code == 2
+    assert sentence in outcome.err

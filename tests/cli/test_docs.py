@@ -32,7 +32,9 @@ def test_the_pages_python_runs(
         exec(compile(block, page, "exec"), {})
 
 
-@pytest.mark.parametrize("page", [*PAGES, "how-to/sweep.md", "how-to/serve.md", "how-to/vllm.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "how-to/sweep.md", "how-to/profile.md", "how-to/batch.md", "how-to/serve.md", "how-to/vllm.md"]
+)
 def test_the_pages_commands_are_understood(page: str) -> None:
     commands = re.findall(r"^    dcp-prune (.*)$", (DOCS / page).read_text(), re.MULTILINE)
     assert commands

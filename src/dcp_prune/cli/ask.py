@@ -114,7 +114,7 @@ def demo(
 @app.command
 def run(
     *,
-    image: ImageFile,
+    image: Annotated[Path | None, Parameter(help="An image file, of any size and kind.")] = None,
     question: Annotated[str | None, Text, Parameter(help="Your question about the image.")] = None,
     prompt: Annotated[
         str | None,
@@ -126,9 +126,37 @@ def run(
     num_tokens: NumTokens = None,
     keep_ratio: KeepRatio = None,
     max_new_tokens: Annotated[int, Whole, Parameter(help="The longest answer, in tokens.")] = 32,
+    batch_file: Annotated[
+        Path | None,
+        Parameter(
+            help="Many questions instead of one: JSON lines with the keys image and question, and id if you like."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, Parameter(help="For --batch-file: where the answers go, as JSON lines in the same order.")
+    ] = None,
+    batch_size: Annotated[int, Whole, Parameter(help="For --batch-file: questions to answer at once.")] = 8,
     json: Json = None,
 ) -> None:
-    """Ask one question about one image. With the pruner `none`, the model reads all visual tokens."""
+    """Ask one question about one image, or all questions of a file. With the pruner `none`, the model reads all visual
+    tokens.
+
+    If a run with --batch-file was stopped, run the same command again: it goes on where it was. OUTPUT.errors lists the
+    lines that are no questions.
+    """
+    if batch_file is not None:
+        if image is not None or question is not None or prompt is not None:
+            raise InvalidInputError(
+                "--batch-file holds images and questions; leave --image, --question and --prompt out"
+            )
+        if output is None:
+            raise InvalidInputError("--batch-file needs --output, the file for the answers")
+        _run_file(batch_file, output, model, pruner, num_tokens, keep_ratio, max_new_tokens, batch_size, json)
+        return
+    if image is None:
+        raise InvalidInputError("give --image with a question, or --batch-file")
+    if output is not None:
+        raise InvalidInputError("--output is for the answers of --batch-file; use --json for a single question")
     loaded = _checked(image, question, prompt, model, json)
     chosen = None if pruner == "none" else build_pruner(pruner, num_tokens, keep_ratio)
     assistant, text = _loaded(question, prompt, model)
@@ -148,6 +176,54 @@ def run(
         )
 
     report_result(_as_json(assistant, pruner, loaded, question or text, view, reply), json, show)
+
+
+def _run_file(
+    batch_file: Path,
+    output: Path,
+    model: str,
+    pruner: str,
+    num_tokens: int | None,
+    keep_ratio: float | None,
+    max_new_tokens: int,
+    batch_size: int,
+    json: Path | None,
+) -> None:
+    chosen = None if pruner == "none" else build_pruner(pruner, num_tokens, keep_ratio)
+    check_outputs(json, inputs=(batch_file, output, model))
+    from dcp_prune.eval.answers import answer_file
+
+    with progress_bar("Reading the questions") as advance:
+        done = answer_file(
+            batch_file,
+            output,
+            lambda: load_assistant(model),
+            chosen,
+            model=model,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=advance,
+        )
+    errors = output.with_name(f"{output.name}.errors")
+    if done.faults:
+        note(f"{len(done.faults)} lines could not be asked; {errors} says why")
+    rate = done.new / done.seconds if done.seconds else None
+    result = {
+        "model": model,
+        "pruner": pruner,
+        "output": str(output),
+        "questions": done.questions,
+        "new": done.new,
+        "answers_per_second": rate,
+        "errors": len(done.faults),
+        "environment": environment_now(),
+    }
+
+    def show(console: Console) -> None:
+        speed = "" if rate is None else f", {rate:.1f} a second"
+        console.print(f"{done.new} new answers{speed}. All answers: {output}", highlight=False, markup=False)
+
+    report_result(result, json, show)
 
 
 @app.command
