@@ -139,6 +139,25 @@ def test_samples_packed_by_the_count_of_tokens_do_not_see_each_other(family: Qwe
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
+def test_a_step_on_a_cache_lies_behind_its_own_prompt_whatever_ran_in_between(family: Qwen2VL) -> None:
+    one, other = (
+        family.make_inputs([prompt], [make_picture(number, SIZES[number])])
+        for number, prompt in enumerate((PROMPT, "<image> what"))
+    )
+    token = torch.tensor([[7]])
+    with prune(copy.deepcopy(family.model), make_pruner("uniform", num_tokens=6)) as handle, torch.no_grad():
+        model = handle.model
+        expected = model(input_ids=token, past_key_values=model(**one).past_key_values).logits
+        cache = model(**one).past_key_values
+        model(**other)
+        torch.testing.assert_close(model(input_ids=token, past_key_values=cache).logits, expected)
+        whole = torch.ones(1, one["input_ids"].shape[1] + 1, dtype=torch.long)
+        cache = model(**one).past_key_values
+        model(**other)
+        found = model(input_ids=token, past_key_values=cache, attention_mask=whole).logits
+        torch.testing.assert_close(found, expected)
+
+
 def test_positions_do_not_hang_on_token_types_that_the_caller_forgot(family: Qwen2VL) -> None:
     inputs = family.make_inputs([PROMPT], [make_picture(0, (90, 90))])
     pruner = make_pruner("random", num_tokens=6)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from families import FAMILIES, SIZES, Family, make_picture
+from families import FAMILIES, SIZES, Family, Qwen2VL, make_picture
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -82,6 +82,32 @@ def test_questions_on_copies_of_one_cache_equal_each_from_scratch(family: Family
             text = {name: value for name, value in turn.items() if name not in family.adapter.image_inputs}
             assert torch.equal(generate(model, text, past_key_values=copy.deepcopy(cache)), expected)
             assert handle.last is record, "no image was pruned again"
+
+
+@pytest.mark.crossed("family", every=2, offset=0)
+def test_rows_of_a_reordered_cache_go_on_as_they_do_unedited(family: Family, inputs: dict[str, Any]) -> None:
+    model = copy.deepcopy(family.model)
+    counted = {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    placed = {} if isinstance(family, Qwen2VL) else counted  # which lays tokens along three axes by itself
+    placeholders = [model.config.image_token_id, getattr(model.config, "video_token_id", model.config.image_token_id)]
+
+    def greedy(rows: list[int]) -> Tensor:
+        output = model(**inputs, **placed, use_cache=True)
+        cache, mask, scores = output.past_key_values, inputs["attention_mask"][rows], output.logits[rows, -1]
+        cache.reorder_cache(torch.tensor(rows))
+        found = []
+        for _ in range(3):
+            scores[:, placeholders] = -torch.inf  # in an answer, one would ask for an image
+            found.append(scores.argmax(dim=-1, keepdim=True))
+            mask = torch.cat((mask, torch.ones_like(found[-1])), dim=1)
+            extra = {"token_type_ids": torch.zeros_like(found[-1])} if "token_type_ids" in inputs else {}
+            scores = model(input_ids=found[-1], past_key_values=cache, attention_mask=mask, **extra).logits[:, -1]
+        return torch.cat(found, dim=1)
+
+    with prune(model, make_pruner("uniform", num_tokens=5)), torch.no_grad():
+        plain = greedy([0, 1])
+        for rows in ([1, 0], [1], [0, 0, 1]):
+            assert torch.equal(greedy(rows), plain[rows])
 
 
 @pytest.mark.crossed("family", every=2, offset=0)

@@ -116,6 +116,11 @@ def is_pruned(cache: Any) -> bool:
     return getattr(cache, _ATTRIBUTE, None) is not None
 
 
+def knows_position(cache: Any) -> bool:
+    """Whether it is written on this cache where the next token will lie; no value is computed."""
+    return is_pruned(cache) and getattr(cache, _ATTRIBUTE).next_position is not None
+
+
 def recall(cache: Any, num_rows: int, recent: Iterable[CachedPrompt] = ()) -> CachedPrompt | None:
     """What is known of the prompt in a cache; None if it is empty, or was filled without pruning.
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from dcp_prune.budget import DEFAULT_NUM_TOKENS
 from dcp_prune.errors import InvalidInputError, UnsupportedModelError
-from dcp_prune.integrations.transformers.cache import CachedPrompt, forget, is_pruned, recall, remember
+from dcp_prune.integrations.transformers.cache import CachedPrompt, forget, is_pruned, knows_position, recall, remember
 from dcp_prune.integrations.transformers.generation import for_short_prompt, setting
 from dcp_prune.integrations.transformers.inputs import ShortInputs, shorten
 from dcp_prune.integrations.transformers.positions import Positions, check_positions
@@ -239,16 +239,18 @@ class PruneHandle:
         return (), inputs
 
     def _place_step(self, call: Mapping[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
-        """Positions of a plain call that continues a short prompt whose dropped tokens left gaps."""
+        """Positions of a plain call behind a short prompt, where they do more than count what is in the cache."""
         cache, ids = call.get("past_key_values"), call.get("input_ids")
-        if self.positions == "compact" or call.get("position_ids") is not None or cache is None or ids is None:
+        if call.get("position_ids") is not None or ids is None or not knows_position(cache):
             return None
         cached = recall(cache, len(ids), self._recent)
-        if cached is None or cached.next_position is None or get_adapter(self.model).rope_offset is not None:
+        if cached is None or cached.next_position is None:
             return None
         behind = int(cache.get_seq_length()) - cached.columns.shape[1]
-        steps = torch.arange(behind, behind + ids.shape[1], device=ids.device)
-        return (), {**call, "position_ids": cached.next_position.to(ids.device) + steps}
+        steps = cached.next_position.to(ids.device) + torch.arange(behind, behind + ids.shape[1], device=ids.device)
+        if get_adapter(self.model).rope_offset is not None:  # of several axes, along which text lies side by side
+            steps = steps.expand(3, *ids.shape)
+        return (), {**call, "position_ids": steps}
 
     def _after_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling() and kwargs.get("mm_encoder_outputs") is None:
