@@ -3,7 +3,8 @@
     python examples/answer_file.py llava-hf/llava-1.5-7b-hf questions.jsonl answers.jsonl --num-tokens 16
 
 A line of the file is `{"image": "photos/1.png", "question": "is there a cat ?"}`, with paths relative to the file. A
-line of the output is the same with an `answer`. For many GPUs, see vllm_on_ray.py.
+line of the output is the same with an `answer`. `dcp-prune run --batch-file` does the same and
+continues after a crash; for many GPUs, see vllm_on_ray.py.
 """
 
 import argparse

@@ -32,13 +32,24 @@ def test_the_pages_python_runs(
         exec(compile(block, page, "exec"), {})
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, "how-to/sweep.md", "how-to/profile.md", "how-to/batch.md", "how-to/serve.md", "how-to/vllm.md"]
-)
-def test_the_pages_commands_are_understood(page: str) -> None:
-    commands = re.findall(r"^    dcp-prune (.*)$", (DOCS / page).read_text(), re.MULTILINE)
-    assert commands
-    for command in commands:
+def commands_of(page: Path) -> list[str]:
+    """Every `dcp-prune` command that a page shows, indented or in a block of shell."""
+    text = page.read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    indented = re.findall(r"^    dcp-prune (.*)$", text, re.MULTILINE)
+    return [*indented, *re.findall(r"^ *dcp-prune (.*)$", blocks, re.MULTILINE)]
+
+
+WITH_COMMANDS = [page for page in sorted(DOCS.rglob("*.md")) if commands_of(page)]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_understood(page: Path) -> None:
+    for command in commands_of(page):
         app.parse_args(_with_bare_json(shlex.split(command, comments=True)))
+
+
+def test_a_command_that_is_not_understood_is_noticed() -> None:
+    assert len(WITH_COMMANDS) > 8
     with pytest.raises(cyclopts.CycloptsError):
         app.parse_args(["run", "--no-such-option"])
