@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.integrations.transformers import prune
+from dcp_prune.integrations.transformers import prune, prune_inputs
 from dcp_prune.registry import make_pruner
 
 MakeInputs = Callable[..., dict[str, Any]]
@@ -81,6 +81,17 @@ def test_a_copy_goes_on_under_another_handle(model: Any, make_inputs: MakeInputs
         cache, expected = prefill(model, inputs), ask(model, inputs, QUESTIONS[0])
     with prune(model, make_pruner("uniform", num_tokens=20)):
         assert torch.equal(ask(model, inputs, QUESTIONS[0], copy.deepcopy(cache)), expected)
+
+
+def test_the_pure_function_reads_what_a_handle_wrote_on_a_cache(model: Any, make_inputs: MakeInputs) -> None:
+    inputs, pruner = make_inputs(PROMPTS[0]), make_pruner("uniform", num_tokens=8)
+    more = torch.tensor([QUESTIONS[0]])
+    ids = torch.cat((inputs["input_ids"], more), dim=1)
+    with prune(model, pruner), torch.no_grad():
+        cache, expected = prefill(model, inputs), ask(model, inputs, QUESTIONS[0])
+    short = prune_inputs(model, {"input_ids": ids, "past_key_values": cache}, pruner)
+    answer = short.restore(model.generate(**short.inputs, max_new_tokens=4, do_sample=False))
+    assert torch.equal(answer, torch.cat((ids, expected), dim=1))
 
 
 def greedy(model: Any, inputs: dict[str, Any], rows: list[int], edit: Callable[[Any], Any], **told: Any) -> Tensor:

@@ -241,7 +241,7 @@ class PruneHandle:
     def _place_step(self, call: Mapping[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         """Positions of a plain call behind a short prompt, where they do more than count what is in the cache."""
         cache, ids = call.get("past_key_values"), call.get("input_ids")
-        if call.get("position_ids") is not None or ids is None or not knows_position(cache):
+        if call.get("position_ids") is not None or ids is None or cache is None or not knows_position(cache):
             return None
         cached = recall(cache, len(ids), self._recent)
         if cached is None or cached.next_position is None:
@@ -293,7 +293,7 @@ class PruneHandle:
 
     def _shorten(self, call: Mapping[str, Any], *, whole_prompt: bool) -> ShortInputs:
         cache, ids = call.get("past_key_values"), call.get("input_ids")
-        cached = None if cache is None or ids is None else recall(cache, len(ids), self._recent)
+        cached = None if ids is None else recall(cache, len(ids), self._recent)
         short = shorten(
             self.model,
             call,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dcp_prune.integrations.stopwatch import Stopwatch
 from dcp_prune.integrations.transformers.arguments import check_arguments, pad_id, shorten_arguments
-from dcp_prune.integrations.transformers.cache import CachedPrompt, find_new_turn
+from dcp_prune.integrations.transformers.cache import CachedPrompt, find_new_turn, recall
 from dcp_prune.integrations.transformers.images import (
     CallImages,
     images_behind_cache,
@@ -92,8 +92,16 @@ def prune_inputs(
     with torch.set_grad_enabled(torch.is_grad_enabled() and train):
         question = Question(text_scope, text, processor)
         check_positions(model, positions)
+        ids = inputs.get("input_ids")
         short = shorten(
-            model, inputs, pruner, question=question, encoded=encoded, keep_markers=keep_markers, positions=positions
+            model,
+            inputs,
+            pruner,
+            question=question,
+            encoded=encoded,
+            keep_markers=keep_markers,
+            positions=positions,
+            cached=None if ids is None else recall(inputs.get("past_key_values"), len(ids)),
         )
     warn_if_nothing_was_pruned(short.record)
     return short
