@@ -9,11 +9,12 @@ DEV := .venv/.dev
 LMMS := .venv-lmms-eval
 NEWEST := .venv-newest
 VLLM := .venv-vllm
+TRITON := build/triton
 CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format docs dist bench sweeps report train-natural train-testbed
+.PHONY: help demo test test-newest test-kernels test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format docs dist bench sweeps report train-natural train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,6 +33,11 @@ test-newest: ## models and integrations on the newest transformers there is, in 
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --editable '.[serve]' transformers accelerate peft hypothesis pytest
 	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	HF_HUB_OFFLINE=1 $(NEWEST)/bin/python -m pytest -q tests/models tests/integrations tests/contract $(ARGS)
+
+test-kernels: $(DEV) ## the Triton kernels under Triton's interpreter, on a CPU (fetches Triton, 300 MB, where torch brought none)
+	$(BIN)/python -c 'import triton' 2> /dev/null || test -d $(TRITON)/triton || \
+		$(PIP) install --quiet --no-deps --target $(TRITON) triton==3.9.0
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/unit/test_kernels.py $(ARGS)
 
 test-lmms-eval: $(LMMS)/.installed ## the lmms-eval plug-in, in an environment of its own (minutes; not part of test)
 	HF_HUB_OFFLINE=1 $(LMMS)/bin/python -m pytest -q tests/lmms $(ARGS)
@@ -68,6 +74,7 @@ dist: $(DEV) ## build the sdist and the wheel in dist/, and check their descript
 
 bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, and each selection by itself (ARGS=--tiny tries it out)
 	$(BIN)/dcp-prune profile $(if $(ARGS),--model random:tiny --num-tokens 4 --runs 1,--model random:vit-l-1b --pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
+	$(BIN)/python -m dcp_prune.profiling.operators $(if $(ARGS),,--json results/operators.json)
 	$(BIN)/python -m dcp_prune.profiling.selection $(or $(ARGS),--authors results/selection-authors.json --json results/selection-cpu.json)
 
 sweeps: $(DEV) ## measure every pruner on held-out questions (hours; stop it, and it goes on where it was), then draw the report

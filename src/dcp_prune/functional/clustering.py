@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dcp_prune.functional.fused import coverage_is_fused
 from dcp_prune.functional.similarity import gather_tokens, gram, strips
 
 _KRYLOV_STEPS = 9
@@ -103,9 +104,14 @@ def max_coverage(
     """
     b, _, n = affinities[0].shape
     needs = [demand.to(affinities[0].dtype).unsqueeze(1) for demand in demands]
-    open_ = affinities[0].new_zeros(b, n)
+    open_ = affinities[0].new_zeros(b, 1, n)
     if mask is not None:
-        open_ = open_.masked_fill(~mask, -torch.inf)
+        open_ = open_.masked_fill(~mask.unsqueeze(1), -torch.inf)
+    if len(affinities) == 1 and coverage_is_fused(affinities[0]):
+        from dcp_prune.functional.kernels import coverage_picks
+
+        return coverage_picks(affinities[0], needs[0].squeeze(1), merit, open_.squeeze(1), k)
+    worth = None if merit is None else merit.unsqueeze(1)
     # What is left to gain, max(0, S - cover), is updated in place: raising the cover by a pick's own column of it
     # gives the next one, so neither cover nor S is needed again.
     lefts = [affinity.clamp(min=0.0) for affinity in affinities]
@@ -113,17 +119,21 @@ def max_coverage(
     for step in range(k):
         if step > 0:
             for left in lefts:
-                columns = left.gather(2, picks[-1].unsqueeze(1).expand(b, left.shape[1], 1))
+                columns = left.gather(2, picks[-1].expand(b, left.shape[1], 1))
                 rows = strips(left)
                 for strip, column in zip(rows, columns.split(rows[0].shape[1], dim=1), strict=True):
                     strip.sub_(column).clamp_(min=0.0)
-        gains = [(need @ left).squeeze(1) for need, left in zip(needs, lefts, strict=True)]
-        gain = sum(gains[1:], start=gains[0])
-        gain = gain if merit is None else gain * merit
-        pick = (gain + open_).argmax(dim=1, keepdim=True)
+        # `bmm` and the shape b 1 n spare a GPU the launches, and a CPU the calls, of what only changes shapes.
+        if worth is None and len(lefts) == 1:
+            gain = torch.baddbmm(open_, needs[0], lefts[0])
+        else:
+            gains = [torch.bmm(need, left) for need, left in zip(needs, lefts, strict=True)]
+            gain = sum(gains[1:], start=gains[0])
+            gain = open_ + (gain if worth is None else gain * worth)
+        pick = gain.argmax(dim=2, keepdim=True)
         picks.append(pick)
-        open_.scatter_(1, pick, -torch.inf)
-    return torch.cat(picks, dim=1)
+        open_.scatter_(2, pick, -torch.inf)
+    return torch.cat(picks, dim=2).squeeze(1)
 
 
 @dataclass(frozen=True, eq=False)

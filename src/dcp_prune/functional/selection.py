@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dcp_prune.functional.fused import farthest_is_fused
+
 
 def masked_topk(scores: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None, k: int) -> Int[Tensor, "b k"]:
     """Ascending positions of the k largest scores; arguments as in `ranked_topk`. `b k`."""
@@ -69,17 +71,26 @@ def farthest_point(
         others = similarity.masked_fill(closed.unsqueeze(1), -1.0)
         others.diagonal(dim1=1, dim2=2).fill_(-1.0)
         merit = merit * (1.0 - others.amax(dim=2))
-    pick = merit.masked_fill(closed, -torch.inf).argmax(dim=1, keepdim=True)
-    picks = [pick]
     # Similarity to the nearest pick; what is picked or padding counts as infinitely near and is never the farthest.
     nearest = torch.zeros_like(merit).fill_(-torch.inf).masked_fill_(closed, torch.inf)
+    if farthest_is_fused(similarity):
+        from dcp_prune.functional.kernels import farthest_picks
+
+        first = merit.masked_fill(closed, -torch.inf).argmax(dim=1, keepdim=True)
+        return farthest_picks(similarity, heavy, nearest, first, k)
+    # Everything keeps the shape b 1 n, so that a step is five operators: a GPU waits for each of them to be launched.
+    pick = merit.masked_fill(closed, -torch.inf).unsqueeze(1).argmax(dim=2, keepdim=True)
+    picks = [pick]
+    nearest = nearest.unsqueeze(1)
     for _ in range(k - 1):
-        torch.maximum(nearest, similarity.gather(1, pick.unsqueeze(-1).expand(b, 1, n)).squeeze(1), out=nearest)
-        nearest.scatter_(1, pick, torch.inf)
-        far = nearest.neg() if heavy is None else (1.0 - nearest) * heavy
-        pick = far.argmax(dim=1, keepdim=True)
+        torch.maximum(nearest, similarity.gather(1, pick.expand(b, 1, n)), out=nearest)
+        nearest.scatter_(2, pick, torch.inf)
+        if heavy is None:
+            pick = nearest.argmin(dim=2, keepdim=True)
+        else:
+            pick = ((1.0 - nearest) * heavy.unsqueeze(1)).argmax(dim=2, keepdim=True)
         picks.append(pick)
-    return torch.cat(picks, dim=1)
+    return torch.cat(picks, dim=2).squeeze(1)
 
 
 @torch.no_grad()

@@ -61,6 +61,14 @@ def selection(result: Result) -> str:
     return _markdown(header, body)
 
 
+def operators(result: Result) -> str:
+    """How many operators choosing the tokens of one image dispatches."""
+    header = ["pruner", "tokens", "kept", "dispatched", "launches", "launches, loops fused"]
+    names = ("tokens", "num_tokens", "dispatched", "launches", "fused")
+    body = [[f"`{row['pruner']}`", *(f"{row[name]:,}" for name in names)] for row in result["results"]]
+    return _markdown(header, body)
+
+
 def models(result: Result) -> str:
     """What each model class supports."""
     header = ["model class", "images", "videos", "tiles", "inside the encoder", "saliency from", "refused pruners"]
@@ -202,6 +210,7 @@ def soak(result: Result) -> str:
 
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "cost": cost,
+    "operators": operators,
     "models": models,
     "pruners": pruners,
     "published": published,
