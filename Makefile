@@ -14,7 +14,7 @@ CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-kernels test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format docs dist bench sweeps report train-natural train-testbed
+.PHONY: help demo test test-newest test-kernels test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format docs dist bench bench-gpu sweeps report train-natural train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama
 	$(BIN)/dcp-prune profile $(if $(ARGS),--model random:tiny --num-tokens 4 --runs 1,--model random:vit-l-1b --pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
 	$(BIN)/python -m dcp_prune.profiling.operators $(if $(ARGS),,--json results/operators.json)
 	$(BIN)/python -m dcp_prune.profiling.selection $(or $(ARGS),--authors results/selection-authors.json --json results/selection-cpu.json)
+
+bench-gpu: $(RUNTIME) ## what only a GPU can tell, at most eight minutes (ARGS=--tiny tries it out on a CPU)
+	$(BIN)/python tools/bench_gpu.py $(ARGS)
 
 sweeps: $(DEV) ## measure every pruner on held-out questions (hours; stop it, and it goes on where it was), then draw the report
 	tools/run_sweeps.sh

@@ -79,6 +79,15 @@ def test_on_ties_the_earlier_token_wins_in_the_kernels_too(fuse: list[str]) -> N
     assert farthest_point(alike, 5).tolist() == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_run_and_pick_what_the_loops_pick() -> None:
+    similarity, weights, _ = (each.cuda() for each in draw(2, 576))
+    assert fused.coverage_is_fused(similarity)
+    picks = facility_location(similarity, 16, demand=weights)
+    assert picks.cpu().equal(facility_location(similarity.cpu(), 16, demand=weights.cpu()))
+    assert farthest_point(similarity, 16).cpu().equal(farthest_point(similarity.cpu(), 16))
+
+
 def test_on_a_cpu_no_kernel_is_asked_for() -> None:
     matrix = torch.eye(4).unsqueeze(0)
     assert not fused.coverage_is_fused(matrix)
