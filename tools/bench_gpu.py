@@ -3,7 +3,7 @@
     PYTHONPATH=src python tools/bench_gpu.py                      # on a machine with a GPU
     PYTHONPATH=src python tools/bench_gpu.py --tiny --device cpu   # tries the command out, in a minute
 
-It needs the files of this checkout, torch with CUDA, and what the first line below names. For a machine without a network:
+It needs the files of this checkout, torch with CUDA, and what the lines below name. For a machine without a network:
 
     pip download --dest build/wheels --python-version 3.12 --only-binary=:all: \
         'transformers>=5.19,<6' jaxtyping cyclopts pydantic pillow pytest                                # here
