@@ -72,10 +72,14 @@ dist: $(DEV) ## build the sdist and the wheel in dist/, and check their descript
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, and each selection by itself (ARGS=--tiny tries it out)
+bench: $(RUNTIME) ## time to first token of CLIP ViT-L with a 1B-parameter Llama, and each selection by itself (ARGS=--growth: how it grows; ARGS=--tiny tries it out)
+ifneq (,$(findstring --growth,$(ARGS)))
+	$(BIN)/python -m dcp_prune.profiling.growth $(or $(filter-out --growth,$(ARGS)),--json results/growth.json)
+else
 	$(BIN)/dcp-prune profile $(if $(ARGS),--model random:tiny --num-tokens 4 --runs 1,--model random:vit-l-1b --pruner dcp --pruner dcp_progressive --pruner cls_attention --json results/latency-cpu.json)
 	$(BIN)/python -m dcp_prune.profiling.operators $(if $(ARGS),,--json results/operators.json)
 	$(BIN)/python -m dcp_prune.profiling.selection $(or $(ARGS),--authors results/selection-authors.json --json results/selection-cpu.json)
+endif
 
 bench-gpu: $(RUNTIME) ## what only a GPU can tell, at most eight minutes (ARGS=--tiny tries it out on a CPU)
 	$(BIN)/python tools/bench_gpu.py $(ARGS)

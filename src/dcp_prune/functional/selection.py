@@ -125,13 +125,16 @@ def greedy_determinant(
     for step in range(k):
         pick = (left.masked_fill(left <= noise, 0.0) + closed).argmax(dim=1, keepdim=True)
         picks.append(pick)
-        closed = closed.scatter(1, pick, -torch.inf)
-        before = factor[:, :step]
-        own = before.gather(2, pick.unsqueeze(1).expand(b, step, 1))  # b step 1
+        closed.scatter_(1, pick, -torch.inf)
         rest = left.gather(1, pick)
-        row = (column(pick) - (own.mT @ before).squeeze(1)) * rest.clamp(min=noise).rsqrt()
-        factor[:, step] = row.masked_fill(rest <= noise, 0.0)
-        left = left - factor[:, step].square()
+        row = column(pick)
+        if step > 0:
+            before = factor[:, :step]
+            own = before.gather(2, pick.unsqueeze(1).expand(b, step, 1))  # b step 1
+            row = row - torch.bmm(own.mT, before).squeeze(1)
+        row = (row * rest.clamp(min=noise).rsqrt()).masked_fill_(rest <= noise, 0.0)
+        factor[:, step] = row
+        left = left - row.square()
     return torch.cat(picks, dim=1)
 
 

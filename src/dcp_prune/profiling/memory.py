@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +38,8 @@ def kv_cache_bytes(cache: Cache) -> int:
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     """The most memory that `work` takes beyond what is held before it, in bytes.
 
-    On a CUDA device as torch allocates it; elsewhere the growth of the resident set, which the allocator rounds and in
-    which memory that lies idle is used again, so small amounts are not seen. None where the system does not say.
+    On a CUDA device as torch allocates it; elsewhere the growth of the resident set, in which small amounts are not
+    seen. None where the system does not say.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -46,6 +48,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # memory that lies idle would be used again, and not be seen
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         before = _resident("VmRSS")

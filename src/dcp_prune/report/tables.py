@@ -69,6 +69,23 @@ def operators(result: Result) -> str:
     return _markdown(header, body)
 
 
+def growth(result: Result) -> str:
+    """How time and memory of choosing tokens grow: exponents, and the largest size against the smallest."""
+    header = ["pruner", "what grows", "time exponent", "time, largest to smallest", "memory exponent", "at the largest"]
+    body = [
+        [
+            f"`{row['pruner']}`",
+            f"{row['along']}: {', '.join(f'{size:,}' for size in row['sizes'])}",
+            f"{row['time_exponent']:.2f}",
+            f"{row['time_ratios'][-1]:,.1f} x",
+            "" if row["memory_exponent"] is None else f"{row['memory_exponent']:.2f}",
+            f"{row['peak_bytes'][-1] / 2**20:,.0f} MiB" if row["peak_bytes"][-1] else "",
+        ]
+        for row in result["results"]
+    ]
+    return _markdown(header, body, texts=2)
+
+
 def models(result: Result) -> str:
     """What each model class supports."""
     header = ["model class", "images", "videos", "tiles", "inside the encoder", "saliency from", "refused pruners"]
@@ -210,6 +227,7 @@ def soak(result: Result) -> str:
 
 TABLES: Mapping[str, Callable[[Result], str]] = {
     "cost": cost,
+    "growth": growth,
     "operators": operators,
     "models": models,
     "pruners": pruners,
