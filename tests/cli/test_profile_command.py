@@ -79,6 +79,7 @@ def test_a_dry_run_counts_every_picture_and_loads_no_weights(
         (("--model", "random:zzz"), "there are tiny, vit-l-1b, llava-1.5-7b"),
         (("--model", "/no/such/folder"), "there is no model at /no/such/folder"),
         ((*TINY, "--pruner", "dpc"), "did you mean dcp"),
+        ((*TINY, "--num-tokens", "64"), "dcp would keep all 64 visual tokens of an image, so nothing is pruned"),
         (("--dtype", "int3"), "--dtype int3 is unknown; use float32, bfloat16, float16"),
         (("--attention", "flush"), "--attention flush is unknown; use sdpa, eager, flash_attention_2"),
         (("--attention", "flash_attention_2"), "needs a GPU and the package flash-attn; use sdpa"),

@@ -174,12 +174,17 @@ def _measure(
         hollow, processor = Hollow(blueprint.kind, blueprint.config, dtype), blueprint.processor
         inputs = _question(Assistant(name, hollow.model, processor), batch, question_length)
         load = partial(blueprint.load, dtype=dtype, attention=attention, device=device)
+    total = max(map(len, get_adapter(hollow.model).layouts(inputs)))
+    for label, each in methods:
+        if each.budget.fewest(total) >= total:
+            raise InvalidInputError(
+                f"{label} would keep all {total:,} visual tokens of an image, so nothing is pruned; lower --num-tokens"
+            )
     check_memory(hollow, batch, inputs["input_ids"].shape[1], device)
     note(f"{name} takes {in_words(hollow.weight_bytes)} of memory for its weights in {str(dtype)[6:]}")
     with progress_bar("Loading the model", then="Measuring in rounds") as advance:
         model: Any = load()
         inputs = move(inputs, model)
-        total = max(map(len, get_adapter(model).layouts(inputs)))
         chosen = variants(methods, total)
 
         def rounds(numbers: Sequence[int]) -> Any:
