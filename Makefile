@@ -9,12 +9,13 @@ DEV := .venv/.dev
 LMMS := .venv-lmms-eval
 NEWEST := .venv-newest
 VLLM := .venv-vllm
+BROWSER := .venv-app
 TRITON := build/triton
 CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "dcp-prune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-kernels test-lmms-eval test-vllm compare-vllm soak bench-vllm lint format docs dist bench bench-gpu sweeps report train-natural train-testbed
+.PHONY: help demo test test-newest test-kernels test-lmms-eval test-vllm test-browser compare-vllm soak bench-vllm lint format docs dist bench bench-gpu sweeps report train-natural train-testbed
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,6 +45,9 @@ test-lmms-eval: $(LMMS)/.installed ## the lmms-eval plug-in, in an environment o
 
 test-vllm: $(VLLM)/.installed ## the vLLM plug-in, in an environment of its own (minutes and 3.5 GB; not part of test)
 	DCP_PRUNE_TEST_VLLM=1 $(VLLM)/bin/python -m pytest -q tests/vllm_plugin $(ARGS)
+
+test-browser: $(BROWSER)/.installed ## the app in a headless Chromium, in an environment of its own (a minute; not part of test)
+	HF_HUB_OFFLINE=1 DCP_PRUNE_TEST_BROWSER=1 $(BROWSER)/bin/python -m pytest -q tests/browser $(ARGS)
 
 soak: $(VLLM)/.installed ## 10,000 mixed requests against one vLLM server, at most half an hour (ARGS="--requests 200" tries it out)
 	PYTHONPATH=tests:tests/vllm_plugin $(VLLM)/bin/python tools/soak.py $(ARGS)
@@ -128,6 +132,15 @@ $(LMMS)/.installed: pyproject.toml constraints.txt tests/lmms/constraints.txt to
 	$(LMMS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 		--constraint tests/lmms/constraints.txt --editable '.[lmms-eval]' pytest
 	$(call LOAD_TORCHVISION,$(LMMS))
+	@touch $@
+
+# gradio takes no pillow 13, which all else is tested with.
+$(BROWSER)/.installed: pyproject.toml constraints.txt tests/browser/constraints.txt
+	@$(CHECK_PYTHON)
+	test -x $(BROWSER)/bin/python || "$(PYTHON)" -m venv $(BROWSER)
+	grep -v '^pillow==' constraints.txt > $(BROWSER)/constraints.txt
+	$(BROWSER)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(BROWSER)/constraints.txt \
+		--constraint tests/browser/constraints.txt --editable '.[app]' playwright pytest
 	@touch $@
 
 # The CPU build of vLLM brings torchaudio and torchcodec, which do not load beside its torch, and takes them for usable.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -312,3 +314,20 @@ def test_run_takes_one_question_or_a_file(dcp_prune: Run, arguments: Any, senten
     outcome = dcp_prune("run", *arguments)
     assert outcome.code == 2
     assert sentence in outcome.err
+
+
+def test_the_app_names_a_taken_port_and_the_next_free_one(dcp_prune):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        outcome = dcp_prune("app", "--port", port)
+    assert outcome.code == 2
+    assert f"port {port} on 127.0.0.1 is taken; use --port " in outcome.err
+
+
+def test_the_app_says_what_to_install(dcp_prune, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    outcome = dcp_prune("app", "--port", 17860)
+    assert outcome.code == 2
+    assert "pip install 'dcp-prune[app]'" in outcome.err

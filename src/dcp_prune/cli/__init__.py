@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import cyclopts
 
 from dcp_prune.cli import (  # noqa: F401
+    app_page,
     ask,
     catalogue,
     compare,

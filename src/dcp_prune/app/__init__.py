@@ -1,0 +1,1 @@
+"""`dcp-prune app`: see in a browser what pruning does to an image and to the answer."""
