@@ -78,6 +78,31 @@ def test_absorbed_patches_take_their_tokens_colour_and_dropped_ones_none() -> No
     assert (dropped == dropped[0, 0]).all()
 
 
+def test_a_token_is_numbered_once_and_islands_are_pale() -> None:
+    white = Image.new("RGB", (48, 48), "white")
+    assignment = np.zeros(36, dtype=int)
+    assignment[12:] = 1
+    assignment[[29, 35]] = 0  # an island of two
+    assignment[[0, 1, 6]] = 1  # an area of three, away from its token
+    picture = absorption_map(white, [3, 20], assignment, GRID)
+
+    def middle(index: int) -> np.ndarray:
+        return np.median(_patch(picture, index, 4).reshape(-1, 3), axis=0)
+
+    assert np.abs(middle(35) - (0.3 * np.array(_slot_colour(0)) + 0.7 * 255)).max() <= 1
+    assert np.abs(middle(0) - (0.72 * np.array(_slot_colour(1)) + 0.28 * 255)).max() <= 1
+    numbered = [index for index in range(36) if len(np.unique(_patch(picture, index, 4).reshape(-1, 3), axis=0)) > 1]
+    assert numbered == [3, 20]
+
+
+def test_a_frame_shows_on_yellow_and_on_white() -> None:
+    left, top, _, _ = GRID.box(14)
+    for ground in ((255, 225, 25), (255, 255, 255)):
+        pixels = np.asarray(kept_tokens(Image.new("RGB", (48, 48), ground), [14], GRID)).astype(int)
+        assert pixels[top, left - 1].tolist() == [255, 225, 25]
+        assert pixels[top, left - 3].tolist() == pixels[top, left - 4].tolist() == [0, 0, 0]
+
+
 def test_every_slot_has_its_own_colour_for_as_many_tokens_as_a_tight_budget_keeps() -> None:
     assert len({_slot_colour(slot) for slot in range(21)}) == 21
 

@@ -29,6 +29,9 @@ _VIRIDIS = (
 )
 RIGHT, WRONG = (0, 114, 178), (213, 94, 0)
 _INK, _SOFT, _PAPER = (25, 25, 25), (95, 95, 95), (255, 255, 255)
+_FRAME = (255, 225, 25)
+_ISLAND = 3
+"""Fewer connected patches than this, away from their token, are too small to follow and fade."""
 _MARGIN = 20
 
 
@@ -128,7 +131,8 @@ def absorption_map(
 ) -> Image.Image:
     """Which kept token absorbed which patch: one colour and one number per kept token, dropped patches dark.
 
-    Every connected area of one colour carries its number, so that no colour has to be recognised.
+    Each token's number stands once, on its own patch, or in its largest area where the patch itself went to another
+    token. Islands of one or two patches are pale.
 
     Args:
         image: what the model saw.
@@ -140,10 +144,14 @@ def absorption_map(
     colours = np.array([_slot_colour(slot) for slot in range(max(len(kept), 1))], dtype=np.float64)
     absorbed = assignment >= 0
     colour = grid.spread(colours[np.where(absorbed, assignment, 0)])
-    picture = _picture(np.where(grid.spread(absorbed)[..., None], 0.72 * colour + 0.28 * grey, 0.3 * grey + 12))
+    areas = _areas(assignment, grid)
+    strength = np.full(grid.rows * grid.cols, 0.72)
+    strength[[index for area in areas if len(area) < _ISLAND and not {*area} & {*kept} for index in area]] = 0.3
+    share = grid.spread(strength)[..., None]
+    picture = _picture(np.where(grid.spread(absorbed)[..., None], share * colour + (1 - share) * grey, 0.3 * grey + 12))
     _borders(picture, assignment, grid)
-    _outline(picture, [index for index in kept if index >= 0], grid)
-    _number_areas(picture, kept, assignment, grid)
+    _outline(picture, [index for index in kept if index >= 0], grid, _PAPER)
+    _number_tokens(picture, kept, assignment, areas, grid)
     return picture
 
 
@@ -275,15 +283,16 @@ def _slot_colour(slot: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _outline(picture: Image.Image, indices: Sequence[int], grid: Grid) -> None:
-    # Yellow inside black shows on any ground. The frame lies around the patch, and no frame covers a kept patch.
+def _outline(picture: Image.Image, indices: Sequence[int], grid: Grid, ink: tuple[int, int, int] = _FRAME) -> None:
+    # A light frame inside a black one of the same width shows on any ground, yellow and white included. It lies around
+    # the patch, and no frame covers a kept patch.
     boxes = [grid.box(index) for index in indices]
     patches = [picture.crop((left, top, right + 1, bottom + 1)) for left, top, right, bottom in boxes]
     draw = ImageDraw.Draw(picture)
     width = 2 if grid.cell >= 12 else 1
-    for reach, ink in ((width + 1, (0, 0, 0)), (width, (255, 225, 25))):
+    for reach, colour in ((2 * width, (0, 0, 0)), (width, ink)):
         for left, top, right, bottom in boxes:
-            draw.rectangle((left - reach, top - reach, right + reach, bottom + reach), fill=ink)
+            draw.rectangle((left - reach, top - reach, right + reach, bottom + reach), fill=colour)
     for (left, top, _, _), patch in zip(boxes, patches, strict=True):
         picture.paste(patch, (left, top))
 
@@ -301,18 +310,24 @@ def _borders(picture: Image.Image, assignment: Int[np.ndarray, "n"], grid: Grid)
         draw.line((col * grid.cell, y, (col + 1) * grid.cell, y), _PAPER)
 
 
-def _number_areas(picture: Image.Image, kept: Sequence[int], assignment: Int[np.ndarray, "n"], grid: Grid) -> None:
+def _number_tokens(
+    picture: Image.Image,
+    kept: Sequence[int],
+    assignment: Int[np.ndarray, "n"],
+    areas: Sequence[Sequence[int]],
+    grid: Grid,
+) -> None:
     if grid.cell < 11:
         return
     draw = ImageDraw.Draw(picture)
-    homes = {index: slot for slot, index in enumerate(kept) if index >= 0}
-    for area in _areas(assignment, grid):
-        slot = int(assignment[area[0]])
+    largest: dict[int, Sequence[int]] = {}
+    for area in sorted(areas, key=len):
+        largest[int(assignment[area[0]])] = area
+    for slot, area in largest.items():
         rows, cols = np.divmod(np.array(area), grid.cols)
         middle = area[int(np.argmin((rows - rows.mean()) ** 2 + (cols - cols.mean()) ** 2))]
-        # The kept patch itself is the best place for its number.
-        index = next((member for member in area if homes.get(member) == slot), middle)
-        left, top, right, bottom = grid.box(index)
+        home = kept[slot] if slot < len(kept) else -1
+        left, top, right, bottom = grid.box(home if home >= 0 and assignment[home] == slot else middle)
         draw.text(
             ((left + right) / 2 + 0.5, (top + bottom) / 2 + 0.5),
             str(slot + 1),
