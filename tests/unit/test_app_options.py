@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dcp_prune.app.asking import ask, kv_cache_bytes, sweep
+from dcp_prune.app.asking import ask, kv_cache_bytes, leaderboard, sweep
 from dcp_prune.app.options import options_of, value_of
 from dcp_prune.assistant import Assistant
-from dcp_prune.errors import InvalidInputError
+from dcp_prune.errors import InvalidInputError, RecordsError
 from dcp_prune.registry import list_pruners, make_pruner
 from dcp_prune.testbed.model import make_model, make_processor
 from tiny_llava import make_image
@@ -67,3 +68,8 @@ def test_a_sweep_has_a_row_for_each_budget_and_pruner(assistant: Assistant) -> N
     make = [("A: random", lambda k: make_pruner("random", num_tokens=k))]
     rows = list(sweep(assistant, make_image(0), "what is this ?", make, [2, 4]))
     assert [(row["pruner"], row["tokens"]) for row in rows] == [("A: random", 2), ("A: random", 4)]
+
+
+def test_a_leaderboard_of_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordsError, match="holds no records of a sweep"):
+        leaderboard(tmp_path)

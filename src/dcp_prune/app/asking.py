@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from dcp_prune.assistant import Assistant, Reply, View
-from dcp_prune.errors import InvalidInputError
+from dcp_prune.errors import InvalidInputError, RecordsError
 from dcp_prune.functional.relevance import question_relevance
 from dcp_prune.integrations.transformers.question import embed_question
 from dcp_prune.pruners.base import Pruner
@@ -104,8 +104,13 @@ def leaderboard(folder: Path) -> list[list[Any]]:
     """
     from dcp_prune.report.results import find_records, load_cells
 
+    found = find_records(folder)
+    if not found:
+        raise RecordsError(
+            f"{folder} holds no records of a sweep; name a folder that does: dcp-prune app --results FOLDER"
+        )
     rows = []
-    for cell in load_cells(find_records(folder)):
+    for cell in load_cells(found):
         for place, entry in enumerate(cell.entries):
             kappa = cell.distances["kappa"][place]
             mean = None if np.isnan(kappa).all() else round(float(np.nanmean(kappa)), 3)
