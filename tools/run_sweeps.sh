@@ -18,8 +18,8 @@ variants=(
     "dcp($stages,anchors=\"saliency\")"
 )
 # Bounds that keep 8, 12, 16 and 32 tokens (coverage: 8 and 16) in the mean of crowded tuning seeds 900040000 to 900040071.
-declare -A demand=([weak]="0.544 0.451 0.403 0.306" [aligned]="0.503 0.421 0.372 0.272")
-declare -A coverage=([weak]="0.168 0.11" [aligned]="0.115 0.074")
+demand=(0.544 0.451 0.403 0.306)
+coverage=(0.168 0.11)
 
 fewer() { echo $(($1 < limit ? $1 : limit)); }
 
@@ -33,24 +33,22 @@ mkdir -p "$results"/{sweeps,distances,ablations,adaptive,tiles}
 extra=()
 sweep sweeps natural crowded "$(fewer 1008)" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
 sweep sweeps natural cluttered "$(fewer 504)" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
-for checkpoint in weak aligned; do
-    extra=()
-    sweep sweeps $checkpoint crowded "$limit" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
-    sweep sweeps $checkpoint crowded "$limit" 16,8 dcp@none
-    sweep sweeps $checkpoint crowded "$limit" 16 "${damaged[@]/#/dcp}" "${damaged[@]/#/mmtok}"
-    sweep sweeps $checkpoint standard "$limit" 16,0 none dcp dcp_progressive "${pruners[@]}"
-    sweep ablations $checkpoint crowded "$(fewer 1008)" 16,0 none dcp "${variants[@]}"
-    adaptive=()
-    for bound in ${demand[$checkpoint]}; do adaptive+=("dcp(max_distance=$bound,num_tokens=(4,64))"); done
-    for bound in ${coverage[$checkpoint]}; do
-        adaptive+=("dcp(max_distance=$bound,bounded=\"coverage\",num_tokens=(4,64))")
-    done
-    sweep adaptive $checkpoint crowded "$(fewer 1008)" 6,7,8,9,10,11,12,13,14,15,16,17,31,32,33 none dcp "${adaptive[@]}"
-    sweep adaptive $checkpoint standard "$(fewer 1008)" 4,5,6,7,8,9,10,11,12,13,14 none dcp "${adaptive[@]:0:3}"
-    extra=(--distances)
-    sweep distances $checkpoint crowded "$(fewer 1008)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
-    sweep distances $checkpoint standard "$(fewer 252)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
-    extra=(--tiles)
-    sweep tiles $checkpoint crowded "$(fewer 406)" 80,40,20,0 none dcp dcp_progressive "${pruners[@]}"
+extra=()
+sweep sweeps weak crowded "$limit" 64,32,16,8,0 none dcp dcp_progressive "${pruners[@]}"
+sweep sweeps weak crowded "$limit" 16,8 dcp@none
+sweep sweeps weak crowded "$limit" 16 "${damaged[@]/#/dcp}" "${damaged[@]/#/mmtok}"
+sweep sweeps weak standard "$limit" 16,0 none dcp dcp_progressive "${pruners[@]}"
+sweep ablations weak crowded "$(fewer 1008)" 16,0 none dcp "${variants[@]}"
+adaptive=()
+for bound in "${demand[@]}"; do adaptive+=("dcp(max_distance=$bound,num_tokens=(4,64))"); done
+for bound in "${coverage[@]}"; do
+    adaptive+=("dcp(max_distance=$bound,bounded=\"coverage\",num_tokens=(4,64))")
 done
+sweep adaptive weak crowded "$(fewer 1008)" 6,7,8,9,10,11,12,13,14,15,16,17,31,32,33 none dcp "${adaptive[@]}"
+sweep adaptive weak standard "$(fewer 1008)" 4,5,6,7,8,9,10,11,12,13,14 none dcp "${adaptive[@]:0:3}"
+extra=(--distances)
+sweep distances weak crowded "$(fewer 1008)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
+sweep distances weak standard "$(fewer 252)" 192,128,64,32,16,8,0 none dcp "${pruners[@]}"
+extra=(--tiles)
+sweep tiles weak crowded "$(fewer 406)" 80,40,20,0 none dcp dcp_progressive "${pruners[@]}"
 .venv/bin/python tools/measure_tile_views.py --limit "$(fewer 140)" --json "$results/tile-views.json"

@@ -74,7 +74,7 @@ def test_a_sweep_is_checked_by_changing_one_word(dcp_prune: Run) -> None:
 
     arguments = (
         "--output records --pruner dcp(text_weight=0) --pruner none --num-tokens 16 --num-tokens 0 --limit 50 "
-        "--task counting --checkpoint aligned --difficulty crowded --seed-range 1000000000:1000000010 "
+        "--task counting --checkpoint weak --difficulty crowded --seed-range 1000000000:1000000010 "
         "--distance kappa --distances --processes 1 --compact"
     ).split()
     app.parse_args(["sweep", *arguments])

@@ -238,9 +238,9 @@ def test_a_private_signature_that_changes_is_one_sentence_and_leaves_the_model_a
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is another thing there")
 def test_the_command_serves_the_testbed_until_it_is_interrupted() -> None:
     scene = make_scene(1_000_000_000)
-    model, processor = load("aligned")
+    model, processor = load("weak")
     pruner = make_pruner("dcp", num_tokens=16)
-    command = [sys.executable, "-m", "dcp_prune.cli", "serve", "testbed-aligned", "--num-tokens", "16", "--port", "0"]
+    command = [sys.executable, "-m", "dcp_prune.cli", "serve", "testbed-weak", "--num-tokens", "16", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = next(line for line in process.stderr if "answers at" in line)
@@ -248,7 +248,7 @@ def test_the_command_serves_the_testbed_until_it_is_interrupted() -> None:
         for question in scene.questions[:3]:
             content: Any = [encode(Image.fromarray(scene.image)), text(question.text)]
             found = client.chat.completions.create(
-                model="testbed-aligned",
+                model="testbed-weak",
                 messages=[{"role": "user", "content": content}],
                 max_tokens=TOKENS,
                 temperature=0,

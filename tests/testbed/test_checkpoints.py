@@ -66,5 +66,5 @@ def test_the_card_says_what_was_measured(checkpoint):
 
 
 def test_an_unknown_checkpoint_is_refused_with_the_known_ones():
-    with pytest.raises(InvalidInputError, match="choose one of natural, weak, aligned"):
+    with pytest.raises(InvalidInputError, match="choose one of natural, weak"):
         load("strong")

@@ -52,7 +52,6 @@ def list_(
             "name": "testbed-weak",
             "summary": "comes with this program; its words and patches hardly look alike, as in real models",
         },
-        {"name": "testbed-aligned", "summary": "comes with this program; its patches were trained to look like words"},
         *(
             {"name": name, "summary": "any model of this class, by folder or hub name"}
             for name in supported_architectures()

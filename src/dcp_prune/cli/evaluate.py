@@ -53,7 +53,7 @@ def eval_(
         Parameter(help="How full an image is. Only natural has cluttered images."),
     ] = "standard",
     checkpoint: Annotated[
-        str, Parameter(help="natural, weak, aligned, or the folder of a model trained on the testbed.")
+        str, Parameter(help="natural, weak, or the folder of a model trained on the testbed.")
     ] = "natural",
     tiles: Tiles = False,
     json: Json = None,

@@ -63,7 +63,7 @@ def sweep(
         Parameter(negative="", help="Ask only questions of this task. Repeat the option for more tasks."),
     ] = None,
     checkpoint: Annotated[
-        str, Parameter(help="Testbed: natural, weak, aligned, or the folder of a model trained on the testbed.")
+        str, Parameter(help="Testbed: natural, weak, or the folder of a model trained on the testbed.")
     ] = "natural",
     difficulty: Annotated[
         Literal["standard", "crowded", "cluttered"],

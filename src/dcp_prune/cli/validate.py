@@ -41,7 +41,7 @@ def validate(
     ] = None,
     model: Annotated[str | None, Parameter(help="testbed, or a model by its folder or hub name.")] = None,
     checkpoint: Annotated[
-        str, Parameter(help="As for sweep, instead of a model: natural, weak, aligned, or a folder.")
+        str, Parameter(help="As for sweep, instead of a model: natural, weak, or a folder.")
     ] = "natural",
     task: Annotated[
         list[str] | None, Parameter(negative="", help="Testbed: as for sweep. Repeat the option for more tasks.")

@@ -13,7 +13,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from dcp_prune.testbed import model as testbed_model
-from dcp_prune.testbed.load import CHECKPOINTS, checkpoint_path
+from dcp_prune.testbed.load import checkpoint_path
 from dcp_prune.testbed.seeds import HELD_OUT
 from dcp_prune.testbed.train import (
     ID,
@@ -104,7 +104,7 @@ def export(runs: Path, checkpoint: str, scenes: int) -> LlavaForConditionalGener
     record = {
         "checkpoint": checkpoint,
         "parameters": sum(p.numel() for p in half.parameters()),
-        "angle": WEAK_ANGLE if checkpoint == "weak" else 0.0,
+        "angle": WEAK_ANGLE,
         "stages": stages,
         "held_out_seeds": [seeds[0], seeds[-1]],
         "measured": {difficulty: measure(bundle, seeds, difficulty) for difficulty in DIFFICULTIES},
@@ -132,14 +132,8 @@ def card(record: dict) -> str:
         f"It knows {len(CLASSES)} objects and {len(ID)} words; it is no general model, and absolute numbers do not "
         "carry over to one. 192 x 192 pixels, 24 x 24 = 576 visual tokens, bfloat16.",
         "",
-        "Words and patches: "
-        + (
-            f"before the last training stages the visual tokens were turned by {record['angle']:g} degrees away from "
-            "the word embeddings, so a word hardly looks like its patches, as in real VLMs."
-            if record["angle"]
-            else "the language model was first trained on sums of its own word embeddings, so a word looks like its "
-            "patches. This flatters text-aware pruners; use the `weak` checkpoint beside it."
-        ),
+        f"Words and patches: before the last training stages the visual tokens were turned by {record['angle']:g} "
+        "degrees away from the word embeddings, so a word hardly looks like its patches, as in real VLMs.",
         "",
         f"## Accuracy with all 576 tokens ({measured['standard']['questions']} held-out questions each)",
         "",
@@ -184,15 +178,13 @@ def card(record: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/testbed"), help="where checkpoints of stages are kept")
-    parser.add_argument("--checkpoint", action="append", choices=CHECKPOINTS, help="default: all")
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes of each difficulty to measure on")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    for checkpoint in args.checkpoint or CHECKPOINTS:
-        export(args.runs, checkpoint, args.scenes)
-        print(card(json.loads((checkpoint_path(checkpoint) / "training.json").read_text(encoding="utf-8"))))
+    export(args.runs, "weak", args.scenes)
+    print(card(json.loads((checkpoint_path("weak") / "training.json").read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

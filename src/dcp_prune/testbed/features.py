@@ -21,7 +21,7 @@ from dcp_prune.testbed.natural import GRID, LEVELS, NaturalScene, make_scene
 
 SHARD = 50
 """Pictures per file, 22 MB in float16."""
-COUNT = 4000
+COUNT = 6000
 """Pictures that the recipe looks at."""
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -52,8 +52,10 @@ def shard_file(directory: Path, shard: int) -> Path:
     return directory / f"{shard:04d}.npy"
 
 
-def encode_all(tower_folder: Path, directory: Path, count: int = COUNT) -> None:
+def encode_all(tower_folder: Path, directory: Path, count: int = COUNT, bfloat16: bool = False) -> None:
     """Writes the features of training pictures 0 to count, a file each `SHARD`; what is there already is kept.
+
+    With `bfloat16`, matrices are multiplied in it: twice as fast on processors with such instructions, .6 % off.
 
     Raises:
         InvalidInputError: there is no tower in that folder.
@@ -72,7 +74,8 @@ def encode_all(tower_folder: Path, directory: Path, count: int = COUNT) -> None:
         rows = []
         for start in range(shard * SHARD, (shard + 1) * SHARD, 5):
             images = np.stack([training_scene(number).image for number in range(start, start + 5)])
-            rows.append(encode(tower, images).half().numpy())
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                rows.append(encode(tower, images).half().numpy())
         file = shard_file(directory, shard)
         with file.with_suffix(".tmp").open("wb") as out:
             np.save(out, np.concatenate(rows))
@@ -116,10 +119,11 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("runs/natural/features"))
     parser.add_argument("--count", type=int, default=COUNT, help="pictures")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16 (avx512_bf16, AMX)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    encode_all(args.tower, args.directory, args.count)
+    encode_all(args.tower, args.directory, args.count, args.bfloat16)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECKPOINTS", "DEFAULT_CHECKPOINT", "checkpoint_path", "load", "prompt"]
 
-CHECKPOINTS = ("natural", "weak", "aligned")
-"""`natural`: a pretrained vision encoder looks at photographs with things on them. `weak` and `aligned`: small and
-fast, trained from nothing on sprites; words and patches hardly look alike, or the words were built in."""
+CHECKPOINTS = ("natural", "weak")
+"""`natural`: a pretrained vision encoder looks at photographs with things on them. `weak`: small and fast, trained from
+nothing on sprites; words and patches hardly look alike."""
 DEFAULT_CHECKPOINT = "natural"
 
 WEIGHTS = Path(__file__).parent / "weights"

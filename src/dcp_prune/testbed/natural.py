@@ -8,7 +8,7 @@ knows them. The tasks are those of the first world and two more: size and scene.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -168,6 +168,13 @@ def make_scene(seed: int, difficulty: Difficulty = "standard", grid: int = GRID)
         questions = _questions(rng, objects, word, background, grid * PATCH)
         if questions is not None:
             return NaturalScene(seed, objects, distractors, background, word, sign, questions, grid)
+
+
+def ask_anew(scene: NaturalScene, rng: np.random.Generator) -> NaturalScene:
+    """The same picture with other questions about it, so that training does not learn answers by heart."""
+    questions = _questions(rng, scene.objects, scene.word, scene.background, scene.grid * PATCH)
+    assert questions is not None  # that there is something to ask depends on the picture alone
+    return replace(scene, questions=questions)
 
 
 CELL = 7

@@ -37,7 +37,7 @@ def load_tiled(
     """Model and processor of a shipped checkpoint, seeing tiles; in evaluation mode.
 
     Args:
-        checkpoint: `weak` or `aligned`.
+        checkpoint: `weak`.
         dtype: float32 unless told otherwise.
         rope_theta: base of the rotary positions; None leaves that of the training.
 

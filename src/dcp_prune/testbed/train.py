@@ -78,7 +78,6 @@ RECIPE = (
     Stage("language-weak", ("language",), 1000, 16, 0.007, 300_000_000),
     Stage("projector", ("vision", "language"), 150, 8, 0.01, 400_000_000),
     Stage("projector-weak", ("vision", "language-weak"), 150, 8, 0.01, 500_000_000),
-    Stage("aligned", ("projector",), 800, 4, 0.0004, 600_000_000),
     Stage("weak-far", ("projector-weak",), 800, 4, 0.0004, 700_000_000),
     Stage("weak", ("weak-far",), 300, 4, 0.0004, 800_000_000),
 )

@@ -1,9 +1,10 @@
 """Trains the natural testbed behind its frozen vision encoder: `python -m dcp_prune.testbed.train_natural`.
 
-Four stages, resumable at any time. `language`: the language model of `weak` learns the new words and tasks on *oracle*
+Five stages, resumable at any time. `language`: the language model of `weak` learns the new words and tasks on *oracle*
 tokens, which tell the truth about each patch in the code that `weak` reads. `projector`: features of the pretrained
 encoder are mapped to such tokens. `joint` and `full`: projector and language model together, by their answers alone, on
-256 random visual tokens of each picture and then on all 576. The encoder itself is never trained.
+256 random visual tokens of each picture and then on all 576; `longer` goes on with that. The encoder itself is never
+trained.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from dcp_prune.testbed.features import COUNT, FEATURE_SCALE, Features, encode_all, training_scene
 from dcp_prune.testbed.language import ASSISTANT, BOS, EOS, USER, natural_vocabulary
@@ -35,6 +37,7 @@ from dcp_prune.testbed.natural import (
     TASKS,
     WORDS,
     NaturalScene,
+    ask_anew,
 )
 from dcp_prune.testbed.natural_model import assemble, make_config, make_language_model, save
 from dcp_prune.testbed.train import WEAK_ANGLE, patch_labels, pixels_of, random_stretch, rotate, schedule
@@ -68,6 +71,7 @@ RECIPE = (
     Stage("projector", 200, 8, 0.01, 0),
     Stage("joint", 1500, 8, 0.002, 0, 256),
     Stage("full", 750, 8, 0.001, 0),
+    Stage("longer", 2400, 8, 0.0008, 0),
 )
 NAMES = [stage.name for stage in RECIPE]
 
@@ -82,6 +86,7 @@ class Bundle(nn.Module):
         super().__init__()
         self.language: Any
         self.language, self.head = make_language_model(seed)
+        self.language.config._attn_implementation = "image_then_questions"
         config: Any = make_config()
         v, d = config.vision_config.hidden_size, config.text_config.hidden_size
         self.projector = nn.ModuleDict({"linear_1": nn.Linear(v, d), "linear_2": nn.Linear(d, d)})
@@ -263,6 +268,27 @@ def pack_questions(scenes: Sequence[NaturalScene]) -> PackedQuestions:
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
+def image_then_questions(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention in which only the last rows, the questions, have a mask; the image before them is plainly causal.
+
+    In blocks of rows that see no columns behind them: half the work of one mask over all. `b h n d`, mask
+    `b 1 s n` -> `b n h d`.
+    """
+    image, block, out = query.shape[2] - attention_mask.shape[2], 144, []
+    for start in range(0, image, block):
+        end = min(start + block, image)
+        later = torch.full((end - start, end), -1e4, dtype=query.dtype).triu(start + 1)
+        scores = query[:, :, start:end] @ key[:, :, :end].mT * module.scaling + later
+        out.append(scores.softmax(-1) @ value[:, :, :end])
+    scores = query[:, :, image:] @ key.mT * module.scaling + attention_mask.to(query.dtype)
+    out.append(scores.softmax(-1) @ value)
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("image_then_questions", image_then_questions)
+
 def answer_questions(
     bundle: Bundle,
     image: Tensor,
@@ -289,8 +315,8 @@ def answer_questions(
 
     order = torch.arange(lead + n + s)
     segment = torch.cat((torch.full((b, lead + n), -2), questions.segment), dim=1)
-    seen = (segment[:, :, None] == segment[:, None, :]) | (segment == -2)[:, None, :]
-    mask = torch.where((order[:, None] >= order) & seen, 0.0, -1e4)[:, None]
+    seen = (questions.segment[:, :, None] == segment[:, None, :]) | (segment == -2)[:, None, :]
+    mask = torch.where((order[lead + n :, None] >= order) & seen, 0.0, -1e4)[:, None]
     rope = language.rotary_emb(hidden, positions)
     for layer in language.layers:
         hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
@@ -328,12 +354,11 @@ def losses_of(stage: Stage, bundle: Bundle, step: int, features: Features, seed:
     """The loss of one step of a stage, and what to show of it; a function of stage, step and seed alone."""
     rng = np.random.default_rng((NAMES.index(stage.name), step, seed))
     numbers = [stage.first_picture + step * stage.batch + i for i in range(stage.batch)]
-    if stage.name != "language":  # the same pictures in another order
-        whole = np.random.default_rng((NAMES.index(stage.name), seed)).permutation(stage.steps * stage.batch)
-        numbers = [stage.first_picture + int(at) % COUNT for at in whole[step * stage.batch : (step + 1) * stage.batch]]
-    else:
+    if stage.name == "language":
         numbers = [number + seed * 10_000_000 for number in numbers]
-    scenes = [training_scene(number) for number in numbers]
+    else:  # one round after another through the pictures that are encoded
+        numbers = [(number + 1777 * seed) % COUNT for number in numbers]
+    scenes = [ask_anew(training_scene(number), rng) for number in numbers]
     if stage.name == "language":
         with torch.no_grad():
             tokens, _ = oracle_tokens(bundle, scenes)
@@ -406,7 +431,14 @@ def make_optimizers(stage: Stage, bundle: Bundle) -> list[torch.optim.Optimizer]
     return [torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=0.0), Muon(muon)]
 
 
-def train_stage(stage: Stage, directory: Path, features: Features, seed: int = 0, save_every: float = 60.0) -> None:
+def train_stage(
+    stage: Stage,
+    directory: Path,
+    features: Features,
+    seed: int = 0,
+    save_every: float = 60.0,
+    bfloat16: bool = False,
+) -> None:
     """Runs a stage to its end, from where its last checkpoint left it; a checkpoint every `save_every` seconds."""
     file = directory / f"{stage.name}.pt"
     resumed = torch.load(file, weights_only=True) if file.exists() else None
@@ -435,7 +467,8 @@ def train_stage(stage: Stage, directory: Path, features: Features, seed: int = 0
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, stage.steps)
-        loss, metrics = losses_of(stage, bundle, step, features, seed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss, metrics = losses_of(stage, bundle, step, features, seed)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -482,6 +515,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="where the finished model goes")
     parser.add_argument("--scenes", type=int, default=300, help="held-out pictures of each difficulty to measure it on")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--bfloat16", action="store_true", help="multiply matrices in bfloat16 (avx512_bf16, AMX)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -489,8 +523,8 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for stage in RECIPE[: NAMES.index(args.until) + 1]:
         if stage.name == "projector":
-            encode_all(args.tower, args.runs / "features")
-        train_stage(stage, directory, Features(args.runs / "features"), args.seed)
+            encode_all(args.tower, args.runs / "features", bfloat16=args.bfloat16)
+        train_stage(stage, directory, Features(args.runs / "features"), args.seed, bfloat16=args.bfloat16)
     if args.output:
         from transformers import Dinov2Model
 
