@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dcp_prune.pruners.base import EncoderStage, Pruner, ScorePruner, Selection, SelectionPruner
     from dcp_prune.pruners.cls_attention import ClsAttentionPruner
     from dcp_prune.pruners.dcp import ACGR, TATCS, DCPPruner, Trigger
+    from dcp_prune.pruners.dcp_lookup import LookupDCPPruner
     from dcp_prune.pruners.dcp_progressive import ProgressiveDCPPruner
     from dcp_prune.pruners.random import RandomPruner
     from dcp_prune.pruners.uniform import UniformPruner
@@ -44,6 +45,7 @@ _HOMES = {
     "pruners.base": ("EncoderStage", "Pruner", "ScorePruner", "Selection", "SelectionPruner"),
     "pruners.cls_attention": ("ClsAttentionPruner",),
     "pruners.dcp": ("ACGR", "TATCS", "DCPPruner", "Trigger"),
+    "pruners.dcp_lookup": ("LookupDCPPruner",),
     "pruners.dcp_progressive": ("ProgressiveDCPPruner",),
     "pruners.random": ("RandomPruner",),
     "pruners.uniform": ("UniformPruner",),
@@ -63,6 +65,7 @@ __all__ = [
     "EncoderStage",
     "EncoderTokens",
     "InvalidInputError",
+    "LookupDCPPruner",
     "MissingSignalError",
     "ProgressiveDCPPruner",
     "PrunedTokens",

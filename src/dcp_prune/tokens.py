@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dcp_prune.errors import InvalidInputError
+
+TextSpace = Literal["embeddings", "lookup"]
+"""In which terms a question is compared with visual tokens: as word `embeddings`, as published methods do, or as the
+language model's first attention layer does (`lookup`; ours, see `models.lookup.lookup_vectors`)."""
 
 
 class Signal(StrEnum):
@@ -106,7 +111,8 @@ class VisualTokens:
         num_original: number of original tokens before any stage, N; if images differ, that of the largest.
         assignment: for each original token, the slot in 0..n-1 that absorbed it so far, or -1 if it was dropped. `b N`.
         encoder: the same tokens before the projector, with the signals that were required.
-        text: word embeddings of the question. `b t d`.
+        text: the question's words in the language model's space: their embeddings, or the vectors that its first layer
+            looks them up with, if the pruner's `text_space` is `lookup`. `b t d`.
         text_mask: False marks padding in `text`. `b t`.
         clip_similarity: cosine of each token (behind CLIP's last norm and visual projection) to CLIP's embedding of the
             question; the mean over its chunks if it is longer than the text tower reads. `b n`.

@@ -24,6 +24,7 @@ from dcp_prune.integrations.transformers.question import (
     words_behind_all,
     words_behind_each,
 )
+from dcp_prune.models import lookup_vectors
 from dcp_prune.registry import make_pruner
 from tiny_llava import IMAGE_ID, build_processor
 
@@ -139,6 +140,19 @@ def test_every_scope_reads_its_words(
 ) -> None:
     inputs = make_inputs("two dog <image> what is this <image> where is the cat", seeds=[1, 2])
     assert read_by(model, inputs, text_scope=scope) == embedded(model, processor, *expected)
+
+
+def test_the_space_of_the_first_layer_is_what_a_pruner_reads(model: Any, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs("<image> what is this <image> where is the cat", seeds=[1, 2])
+    words = [model.get_input_embeddings().weight[row[row > IMAGE]] for row in inputs["input_ids"]]
+    looked = lookup_vectors(model, words[0][-4:].unsqueeze(0))[0, :, 0].tolist()
+    assert read_by(model, inputs, text_space="lookup")[1] == pytest.approx(looked, rel=1e-4)
+    assert read_by(model, inputs)[1] != pytest.approx(looked, rel=1e-4)
+    with prune(model, TEXT_AWARE, text_space="lookup") as handle:
+        model.generate(**inputs, max_new_tokens=1)
+    expected = prune_inputs(model, inputs, TEXT_AWARE, text_space="lookup").record
+    assert expected is not None
+    assert handle.last.indices.tolist() == expected.indices.tolist()
 
 
 def test_the_last_turn_is_read_without_role_words(model: Any, make_inputs: MakeInputs, processor: Any) -> None:

@@ -297,6 +297,7 @@ OTHER_VALUES = {
     "first_choice": "saliency",
     "distance": "mmd",
     "threshold": math.inf,
+    "space": "encoder",
     "centre_temperature": 1.0,
     "centre_sigma": 0.3,
     "coverage_weight": 5.0,
@@ -432,7 +433,7 @@ def test_no_two_groups_have_a_field_of_one_name():
     [
         ({"acgr": None, "recovery": 1.0}, "acgr is given whole and recovery beside it"),
         ({"tatcs": {"text_wieght": 1}}, "no option 'text_wieght'; did you mean text_weight"),
-        ({"tatcs": {"anchors": "saliency"}}, "no option 'anchors'; it has centre_temperature"),
+        ({"tatcs": {"anchors": "saliency"}}, "no option 'anchors'; it has space"),
         ({"acgr": "on"}, r"acgr must be ACGR\(...\) or None, got 'on'"),
         ({"trigger": "kappa"}, r"trigger must be Trigger\(...\), got 'kappa'"),
     ],

@@ -31,7 +31,8 @@ def sweep(
         Parameter(
             negative="",
             help="A pruner as name or name(option=value, ...), or none for all tokens. Add @none, @wrong or "
-            "@noise=SHARE to hide the question from the pruner. Repeat the option. Default: none, dcp, random.",
+            "@noise=SHARE to hide the question from the pruner, or @lookup to read it as the model's first layer "
+            "does. Repeat the option. Default: none, dcp, random.",
         ),
     ] = None,
     num_tokens: Annotated[

@@ -17,7 +17,7 @@ from dcp_prune.tokens import Signal
 ALL_TOKENS = "none"
 """Name under which the unpruned model, and the model without any image, take part."""
 
-TextKind = Literal["question", "none", "wrong", "noise"]
+TextKind = Literal["question", "lookup", "none", "wrong", "noise"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class TextCondition:
     """What the pruner reads; the language model always reads the right question.
 
     Attributes:
-        kind: `question` (the right one), `none`, `wrong` (the question of the same slot of another image) or `noise`
-            (the right one, its word embeddings mixed with noise).
+        kind: `question` (the right one), `lookup` (the right one, in the terms of the language model's first attention
+            layer, whatever the pruner's own `text_space`), `none`, `wrong` (the question of the same slot of another
+            image) or `noise` (the right one, its word embeddings mixed with noise).
         noise: share of noise, in [0, 1]; 0 unless the kind is `noise`.
     """
 
@@ -54,7 +55,7 @@ class TextCondition:
             raise InvalidInputError(f"the share of noise in @{text} must be a number from 0 to 1")
         if not equals and kind != "noise" and kind in get_args(TextKind):
             return cls(kind)  # type: ignore[arg-type]
-        raise InvalidInputError(f"there is no condition @{text}; use @question, @none, @wrong or @noise=SHARE")
+        raise InvalidInputError(f"there is no condition @{text}; use @question, @lookup, @none, @wrong or @noise=SHARE")
 
 
 QUESTION = TextCondition()

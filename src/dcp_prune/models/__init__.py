@@ -10,6 +10,7 @@ from dcp_prune.models.base import (
     supported_architectures,
 )
 from dcp_prune.models.layout import ImageLayout, plain_layout
+from dcp_prune.models.lookup import lookup_vectors
 
 __all__ = [
     "EncodedImages",
@@ -19,6 +20,7 @@ __all__ = [
     "adapter_class",
     "base_model",
     "get_adapter",
+    "lookup_vectors",
     "plain_layout",
     "supported_architectures",
 ]

@@ -23,6 +23,7 @@ from dcp_prune.tokens import (
     EncoderTokens,
     PrunedTokens,
     Signal,
+    TextSpace,
     VisualTokens,
     compose_assignments,
 )
@@ -109,6 +110,8 @@ class Pruner(Checked, ABC):
     """Signals that the tokens must carry. A missing one raises an error."""
     optional: ClassVar[frozenset[Signal]] = frozenset()
     """Signals that the method uses if they exist."""
+    text_space: ClassVar[TextSpace] = "embeddings"
+    """In which terms the method reads the question, unless `prune` is told otherwise."""
     matrices: ClassVar[int] = 0
     """How many n x n matrices the method holds at once, from which its memory is estimated."""
 

@@ -212,6 +212,8 @@ class TATCS(Checked):
     each the member that stands for it best.
 
     Attributes:
+        space: where visual tokens are compared with each other: `language`, as the language model reads them, or
+            `encoder`, as they leave the encoder.
         centre_temperature: of the softmax by which each token shares out its demand among those that could represent
             it, in facility location; so a thing asks for one representative, not for one per patch. None covers plain
             cosines, where what fills the image wins. (The softmax is MMTok's.)
@@ -235,18 +237,25 @@ class TATCS(Checked):
         InvalidInputError: a field outside its range, in one sentence.
     """
 
+    space: Literal["language", "encoder"] = "language"
     centre_temperature: Positive | None = 0.2
     centre_sigma: Positive | None = 6.0
     coverage_weight: Positive = 0.2
     saliency_weight: Weight = 0.0
     text_weight: Weight = 1.0
-    relevance_power: Positive = 3.0
+    relevance_power: Positive = 1.5
     confidence_margin: Number = -1.5
     confidence_span: Positive = 4.0
     text_affinity: Share = 0.2
     reselect_members: bool = True
     member_relevance: Weight = 0.5
     member_saliency: Weight = 0.1
+
+    def visual(self, tokens: VisualTokens) -> Float[Tensor, "b n d"]:
+        """The features that tokens are compared by; without those of the encoder, the language model's."""
+        if self.space == "language" or tokens.encoder is None:
+            return tokens.features
+        return tokens.encoder.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
 
     def read(self, tokens: VisualTokens) -> Question | None:
         """What the question says about the tokens; None without a question."""
@@ -394,7 +403,7 @@ class DCPPruner(Pruner):
     @torch.no_grad()
     def prune(self, tokens: VisualTokens, k: int) -> Selection:
         tatcs = self.tatcs
-        visual = _visual_features(tokens)
+        visual = tatcs.visual(tokens)
         similarity = cosine_similarity(visual)
         attention = None if tokens.encoder is None else tokens.encoder.cls_attention
         saliency = None if attention is None else scale_to_peak(attention, tokens.mask)
@@ -448,12 +457,6 @@ class DCPPruner(Pruner):
         count = 1 + (reached >= bound).sum(dim=1)
         count = count.clamp(min=fewest).minimum(tokens.mask.sum(dim=1))
         return torch.arange(reached.shape[1], device=count.device) < count.unsqueeze(1)
-
-
-def _visual_features(tokens: VisualTokens) -> Float[Tensor, "b n d"]:
-    if tokens.encoder is None:
-        return tokens.features
-    return tokens.encoder.features.masked_fill(~tokens.mask.unsqueeze(-1), 0.0)
 
 
 def partition(

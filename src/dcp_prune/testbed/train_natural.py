@@ -289,6 +289,7 @@ def image_then_questions(
 
 AttentionInterface.register("image_then_questions", image_then_questions)
 
+
 def answer_questions(
     bundle: Bundle,
     image: Tensor,

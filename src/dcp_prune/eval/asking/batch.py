@@ -16,7 +16,7 @@ from dcp_prune.errors import InvalidInputError
 from dcp_prune.eval.asking.distances import Reference
 from dcp_prune.eval.specs import QUESTION, Method, TextCondition
 from dcp_prune.integrations.transformers import embed_question
-from dcp_prune.tokens import Signal, VisualTokens
+from dcp_prune.tokens import Signal, TextSpace, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Batch:
         self.images = images
         self.questions = questions
         self.index: Int[Tensor, "q"] = torch.tensor([question.image for question in questions], device=model.device)
-        self._texts: dict[TextCondition, tuple[Tensor | None, Tensor | None]] = {}
+        self._texts: dict[tuple[TextCondition, TextSpace], tuple[Tensor | None, Tensor | None]] = {}
         self._references: dict[tuple[int, TextCondition], Reference] = {}
         self._inputs: dict[bool, dict[str, Any]] = {}
 
@@ -90,7 +90,8 @@ class Batch:
     def text(self, method: Method) -> tuple[Tensor | None, Tensor | None]:
         """The words that this method's pruner reads, `q t d`, and which are words, `q t`; None for no text, or where
         the questions are only given as prompts, in which the pruner finds them."""
-        found = self._text(method.text)
+        looks_up = method.text.kind == "lookup" or (method.pruner is not None and method.pruner.text_space == "lookup")
+        found = self._text(method.text, "lookup" if looks_up else "embeddings")
         embeddings = self._text(QUESTION)[0]
         if (
             found[0] is None
@@ -115,12 +116,12 @@ class Batch:
         first = self.processor.tokenizer.bos_token
         return {"add_special_tokens": False} if first and self.questions[0].prompt.startswith(first) else {}
 
-    def _text(self, condition: TextCondition) -> tuple[Tensor | None, Tensor | None]:
-        if condition not in self._texts:
-            self._texts[condition] = self._read(condition)
-        return self._texts[condition]
+    def _text(self, condition: TextCondition, space: TextSpace = "embeddings") -> tuple[Tensor | None, Tensor | None]:
+        if (condition, space) not in self._texts:
+            self._texts[condition, space] = self._read(condition, space)
+        return self._texts[condition, space]
 
-    def _read(self, condition: TextCondition) -> tuple[Tensor | None, Tensor | None]:
+    def _read(self, condition: TextCondition, space: TextSpace) -> tuple[Tensor | None, Tensor | None]:
         if condition.kind == "none":
             return None, None
         wrong = condition.kind == "wrong"
@@ -131,7 +132,7 @@ class Batch:
             )
         if None in lines:
             return None, None
-        text, words = embed_question(self.model, self.processor, [str(line) for line in lines])
+        text, words = embed_question(self.model, self.processor, [str(line) for line in lines], space)
         if condition.kind == "noise" and text is not None:
             text = blend_with_noise(text, condition.noise, [question.key for question in self.questions])
         return text, words

@@ -25,6 +25,7 @@ from dcp_prune.integrations.transformers.record import PruneRecord, warn_if_noth
 from dcp_prune.models import base_model, get_adapter
 from dcp_prune.pruners.base import Pruner
 from dcp_prune.registry import make_pruner
+from dcp_prune.tokens import TextSpace
 
 _running: ContextVar[ShortInputs | None] = ContextVar("running", default=None)
 """The short inputs of the plain call that is under way, for what is to be done behind it."""
@@ -36,6 +37,7 @@ def prune(
     *,
     processor: Any = None,
     text_scope: TextScope | FindWords = "after_image",
+    text_space: TextSpace | None = None,
     keep_markers: bool = False,
     positions: Positions = "compact",
     on_record: Callable[[PruneRecord], object] | None = None,
@@ -51,7 +53,7 @@ def prune(
         model: a model with an adapter, or a `PeftModel` around one.
         pruner: which tokens to keep, and how many; a `Pruner`, or the name of one with its options behind.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
-        text_scope, keep_markers, positions: as for `prune_inputs`.
+        text_scope, text_space, keep_markers, positions: as for `prune_inputs`.
         on_record: told of every call with images as soon as they are pruned, in the thread of the call.
         options: of a pruner that is given by name, as for `make_pruner`; 16 tokens if they do not say how many.
 
@@ -67,6 +69,7 @@ def prune(
         _as_pruner(pruner, options),
         processor=processor,
         text_scope=text_scope,
+        text_space=text_space,
         keep_markers=keep_markers,
         positions=positions,
         on_record=on_record,
@@ -108,7 +111,7 @@ class PruneHandle:
     not touched.
 
     Attributes:
-        model, pruner, processor, text_scope, keep_markers, positions, on_record: as given to `prune`.
+        model, pruner, processor, text_scope, text_space, keep_markers, positions, on_record: as given to `prune`.
         text: what text-aware pruners read instead of the prompt, in every call until it is None again; see
             `prune_inputs`.
         last: record of the latest call with images, by whatever thread; None before the first one.
@@ -121,6 +124,7 @@ class PruneHandle:
         *,
         processor: Any = None,
         text_scope: TextScope | FindWords = "after_image",
+        text_space: TextSpace | None = None,
         keep_markers: bool = False,
         positions: Positions = "compact",
         on_record: Callable[[PruneRecord], object] | None = None,
@@ -142,7 +146,10 @@ class PruneHandle:
         self.processor = processor
         self.text: Text | None = None
         self.text_scope: TextScope | FindWords = text_scope
-        Question(text_scope, processor=processor)  # refuses what cannot work before any call
+        self.text_space: TextSpace | None = text_space
+        Question(
+            text_scope, processor=processor, space=text_space or pruner.text_space
+        )  # refuses what cannot work before any call
         self.keep_markers = keep_markers
         check_positions(model, positions)
         self.positions: Positions = positions
@@ -298,7 +305,7 @@ class PruneHandle:
             self.model,
             call,
             self.pruner,
-            question=Question(self.text_scope, self.text, self.processor),
+            question=Question(self.text_scope, self.text, self.processor, self.text_space or self.pruner.text_space),
             keep_markers=self.keep_markers,
             positions=self.positions,
             cached=cached,

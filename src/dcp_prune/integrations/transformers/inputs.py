@@ -42,6 +42,7 @@ from dcp_prune.integrations.transformers.question import FindWords, Question, Te
 from dcp_prune.integrations.transformers.record import PruneRecord, warn_if_nothing_was_pruned
 from dcp_prune.models import EncodedImages, ModelAdapter, get_adapter
 from dcp_prune.pruners.base import Pruner
+from dcp_prune.tokens import TextSpace
 
 
 def prune_inputs(
@@ -52,6 +53,7 @@ def prune_inputs(
     processor: Any = None,
     text: Text | None = None,
     text_scope: TextScope | FindWords = "after_image",
+    text_space: TextSpace | None = None,
     encoded: EncodedImages | None = None,
     keep_markers: bool = False,
     positions: Positions = "compact",
@@ -75,6 +77,9 @@ def prune_inputs(
         text_scope: which words of the prompt ask about an image: those behind the prompt's last image (`after_image`),
             those up to the next image (`own`), the last turn of the user (`last_turn`, needs `processor`), `all`, or
             a function of `input_ids` and their mask that says which are read, `b l` -> `b l`.
+        text_space: in which terms the words are compared with visual tokens: as word `embeddings`, as published methods
+            do, or as the language model's first attention layer does (`lookup`; docs/methods/dcp.md). If not said, the
+            pruner's own.
         encoded: images from `encode_images`, one per image of the prompt, or videos from `encode_videos`; their pixels
             are then not needed. If its tokens carry a `text`, text-aware pruners read that.
         keep_markers: keep what marks rows and tiles of an image in the prompt, such as Pixtral's `[IMG_BREAK]`; it goes
@@ -90,7 +95,7 @@ def prune_inputs(
     """
     train = model.training or inputs.get("labels") is not None
     with torch.set_grad_enabled(torch.is_grad_enabled() and train):
-        question = Question(text_scope, text, processor)
+        question = Question(text_scope, text, processor, text_space or pruner.text_space)
         check_positions(model, positions)
         ids = inputs.get("input_ids")
         short = shorten(

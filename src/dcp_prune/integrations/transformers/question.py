@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dcp_prune.errors import InvalidInputError
 from dcp_prune.integrations.transformers.prompt import real_columns
+from dcp_prune.models import lookup_vectors
+from dcp_prune.tokens import TextSpace
 
 TextScope = Literal["after_image", "own", "last_turn", "all"]
 """Which words of its prompt ask about an image:
@@ -40,16 +42,20 @@ class Question:
         scope: where in the prompt.
         text: read this instead; needs the processor.
         processor: the model's processor; its tokenizer knows more special tokens than the model's config.
+        space: in which terms.
 
     Raises:
-        InvalidInputError: no such scope, or the processor is missing.
+        InvalidInputError: no such scope or space, or the processor is missing.
     """
 
     scope: TextScope | FindWords = "after_image"
     text: Text | None = None
     processor: Any = None
+    space: TextSpace = "embeddings"
 
     def __post_init__(self) -> None:
+        if self.space not in get_args(TextSpace):
+            raise InvalidInputError(f"text_space must be one of {', '.join(get_args(TextSpace))}, got {self.space!r}")
         if not callable(self.scope) and self.scope not in get_args(TextScope):
             raise InvalidInputError(
                 f"text_scope must be one of {', '.join(get_args(TextScope))} or a function of (input_ids, mask), "
@@ -95,11 +101,12 @@ class Question:
         if self.text is not None:
             found, words = self._tokenize(self.text, ids.shape[0], rows.tolist())
             found, words = found.to(ids.device), words.to(ids.device)
-            return embed_words(model, found, words & ~torch.isin(found, special), device)
+            return embed_words(model, found, words & ~torch.isin(found, special), device, self.space)
         real = real_columns(ids, mask)
         placeholders = torch.isin(ids, torch.tensor(image_tokens, dtype=ids.dtype, device=ids.device))
         words = ~placeholders & ~torch.isin(ids, special) & real
-        return embed_words(model, ids[rows], self._find(ids, real, words, placeholders, rows, places), device)
+        found = self._find(ids, real, words, placeholders, rows, places)
+        return embed_words(model, ids[rows], found, device, self.space)
 
     def _find(
         self,
@@ -235,14 +242,15 @@ def last_turn(tokens: Sequence[str], header: str, footer: str) -> tuple[int, int
 
 
 def embed_question(
-    model: Any, processor: Any, texts: Sequence[str]
+    model: Any, processor: Any, texts: Sequence[str], space: TextSpace = "embeddings"
 ) -> tuple[Float[Tensor, "q t d"] | None, Bool[Tensor, "q t"] | None]:
     """`VisualTokens.text` and `text_mask` for these questions, one a row; None if none of them holds a word.
 
     Hand them on in `EncodedImages.tokens` to let a pruner read something else than the prompt's question.
     """
     ids, words = (each.to(model.device) for each in tokenize(processor, texts))
-    made = embed_words(model, ids, words & ~torch.isin(ids, special_ids(model, processor).to(ids.device)), model.device)
+    words = words & ~torch.isin(ids, special_ids(model, processor).to(ids.device))
+    made = embed_words(model, ids, words, model.device, space)
     return made["text"], made["text_mask"]
 
 
@@ -254,7 +262,11 @@ def tokenize(processor: Any, texts: Sequence[str]) -> tuple[Int[Tensor, "q t"], 
 
 
 def embed_words(
-    model: Any, ids: Int[Tensor, "i l"], words: Bool[Tensor, "i l"], device: torch.device
+    model: Any,
+    ids: Int[Tensor, "i l"],
+    words: Bool[Tensor, "i l"],
+    device: torch.device,
+    space: TextSpace = "embeddings",
 ) -> dict[str, Tensor | None]:
     """The words, packed to the left and embedded, as `text` and `text_mask`; None if there are none."""
     longest = int(words.sum(dim=1).max().item())
@@ -264,6 +276,8 @@ def embed_words(
     found = words.gather(1, order)
     # What is no word may be a placeholder, whose id some models have beyond the last row of their embeddings.
     text = model.get_input_embeddings()(ids.gather(1, order).masked_fill(~found, 0))
+    if space == "lookup":
+        text = lookup_vectors(model, text)
     return {"text": text.to(device), "text_mask": found.to(device)}
 
 

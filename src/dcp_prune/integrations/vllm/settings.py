@@ -81,6 +81,11 @@ class Settings:
                 f"pruner {self.pruner!r} makes the images of a batch depend on each other, and vLLM batches images of "
                 "different requests; leave out the option that does so"
             )
+        if pruner.text_space != "embeddings":
+            raise InvalidInputError(
+                f"pruner {self.pruner!r} reads the question as the language model's first layer does, which vLLM keeps "
+                "in fused projections; use dcp here"
+            )
         if self.text_scope == "none" and Signal.TEXT in pruner.requires:
             raise InvalidInputError(
                 f"pruner {self.pruner!r} cannot choose without the question; use text_scope 'turn' or 'prompt'"
