@@ -173,16 +173,16 @@ def card(record: dict[str, Any]) -> str:
         ),
         "",
         "`language`: on tokens that tell the truth about each patch; the language model starts as that of `weak`. "
-        "`projector`: from the encoder's features to such tokens. `joint`, `full` and `longer`: projector and language model, by "
-        "answers and by what the words of a question have to know (place, colour, number, size of what they name). The "
-        "encoder was never trained on this world. "
+        "`projector`: from the encoder's features to such tokens. `joint`, `full` and `longer`: projector and language "
+        "model, by answers and by what the words of a question have to know (place, colour, number, size of what they name). "
+        "The encoder was never trained on this world. "
         f"Held-out pictures have seeds from {record['held_out_seeds'][0]}.",
         "",
         "Made by `make train-natural`. Origin and licences of the encoder are in NOTICE. These weights were trained "
         "while the recipe took shape: the size of things got more weight in the middle of `language`, `joint` and "
         "`full` were lengthened on the way (their learning rate rose again) and saw 4,000 pictures with the same "
-        "questions each time, and `longer` began with new optimisers, in bfloat16, with 6,000 pictures and new questions "
-        "at each visit. A rerun gives a model like this one, not this one.",
+        "questions each time, and `longer` began with new optimisers, in bfloat16, with 6,000 pictures and new "
+        "questions at each visit. A rerun gives a model like this one, not this one.",
         "",
     ]
     return "\n".join(lines)
