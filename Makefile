@@ -95,7 +95,7 @@ sweeps: $(DEV) ## measure every pruner on held-out questions (hours; stop it, an
 report: $(DEV) ## rebuild the tables and figures of README.md and docs/ from the records and result files in results/
 	$(BIN)/dcp-prune list --models --json results/models.json
 	$(BIN)/dcp-prune list --pruners --json results/pruners.json
-	$(BIN)/python -m dcp_prune.report.pages README.md docs/models.md docs/claims.md docs/results.md docs/performance.md docs/how-to/vllm.md
+	$(BIN)/python -m dcp_prune.report.pages README.md docs/models.md docs/claims.md docs/results.md docs/results-details.md docs/performance.md docs/how-to/vllm.md
 	$(BIN)/python tools/pruner_pages.py
 	$(BIN)/python tools/reproduce.py page
 

@@ -30,7 +30,7 @@ def assistant() -> Assistant:
     return Assistant("random weights", model, make_processor())
 
 
-ADAPTIVE = "dcp(max_distance=0.1,num_tokens=(2,60))"
+ADAPTIVE = 'dcp(max_distance=0.1,num_tokens=(2,60),space="encoder",relevance_power=3.0)'
 METHODS = (*plan(["none", "dcp_progressive", "cls_attention"], [16]), *plan(["none"], [0]), *plan([ADAPTIVE], [16]))
 
 

@@ -174,8 +174,8 @@ def card(record: dict[str, Any]) -> str:
         "",
         "`language`: on tokens that tell the truth about each patch; the language model starts as that of `weak`. "
         "`projector`: from the encoder's features to such tokens. `joint`, `full` and `longer`: projector and language "
-        "model, by answers and by what the words of a question have to know (place, colour, number, size of what they name). "
-        "The encoder was never trained on this world. "
+        "model, by answers and by what the words of a question have to know (place, colour, number, size of what they "
+        "name). The encoder was never trained on this world. "
         f"Held-out pictures have seeds from {record['held_out_seeds'][0]}.",
         "",
         "Made by `make train-natural`. Origin and licences of the encoder are in NOTICE. These weights were trained "
