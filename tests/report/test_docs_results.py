@@ -1,4 +1,4 @@
-"""docs/results.md says what the committed records say."""
+"""docs/results.md and docs/results-details.md say what the committed records say."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from dcp_prune.report.results import digest
 from dcp_prune.report.tables import draw_table
 
 PROJECT = Path(__file__).parents[2]
-PAGE = PROJECT / "docs" / "results.md"
+PAGES = [PROJECT / "docs" / name for name in ("results.md", "results-details.md")]
+TEXT = "".join(page.read_text() for page in PAGES)
 
 
 def test_the_page_was_drawn_from_the_very_records_that_are_there():
     # A sweep that is still under way has not put its records into one file.
-    folders = sorted(path.parent for path in (PROJECT / "results").glob("*/*/records*.parquet"))
-    shown = re.findall(r"\]\(\.\./(results/[^)]+)\) \(([0-9a-f]{12})\)", PAGE.read_text())
+    folders = sorted(path.parent for path in (PROJECT / "results").glob("**/records*.parquet"))
+    shown = re.findall(r"\]\(\.\./(results/[^)]+)\) \(([0-9a-f]{12})\)", TEXT)
     assert sorted(shown) == [(folder.relative_to(PROJECT).as_posix(), digest(folder)) for folder in folders]
 
 
 def test_every_figure_of_the_page_is_there_and_no_other():
     figures = {path.name for path in (PROJECT / "docs" / "figures").glob("*.png")}
-    assert figures == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE.read_text()))
+    assert figures == set(re.findall(r"\]\(figures/([^)]+)\)", TEXT))
 
 
 def test_the_matrix_of_models_is_that_of_the_adapters(tmp_path: Path):
@@ -40,4 +41,4 @@ def test_the_matrix_of_models_is_that_of_the_adapters(tmp_path: Path):
 
 @pytest.mark.slow
 def test_rebuilding_the_page_changes_nothing():
-    assert main(["--check", str(PAGE)]) == 0
+    assert main(["--check", *map(str, PAGES)]) == 0

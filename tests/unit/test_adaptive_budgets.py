@@ -31,7 +31,7 @@ N = SIDE * SIDE
 LOW, HIGH = 3, 20
 THINGS = (2, 5, 9, 12)
 """Different things in each image of the batch, 3 patches each."""
-NAMES = ("dcp", "dcp_progressive")
+NAMES = ("dcp", "dcp_lookup", "dcp_progressive")
 
 
 def scenes(things: Sequence[int] = THINGS, *, seed: int = 0, question: bool = True) -> VisualTokens:

@@ -137,6 +137,8 @@ class ModelAdapter(ABC):
     """Whether tokens can be dropped between the layers of the encoder."""
     signals: frozenset[Signal] = WITHOUT_CLS
     """What the encoder can be asked for."""
+    checks_candidates: ClassVar[bool] = True
+    """Whether a pruned prompt gives the same answers when `generate` checks several candidate tokens at once."""
     why_not_in_encoder: ClassVar[str] = ""
     """What stands in the way, as a clause, where there is more to say."""
     saliency: str = "all tokens"

@@ -23,6 +23,7 @@ class PaliGemmaAdapter(ModelAdapter):
 
     architecture = "PaliGemmaForConditionalGeneration"
     prunes_in_encoder = True
+    checks_candidates = False
     image_inputs = ("pixel_values",)
     first_position = 1
 

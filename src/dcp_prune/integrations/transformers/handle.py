@@ -208,6 +208,7 @@ class PruneHandle:
         warn_if_nothing_was_pruned(short.record)
         if short.columns is None:
             return original(**call)
+        self._refuse_candidates(call)
         output = original(
             **for_short_prompt(short.inputs, call["input_ids"], short.restore, self.model.generation_config)
         )
@@ -219,6 +220,16 @@ class PruneHandle:
         self._remember(output.get("past_key_values"), short, None if beams else output.sequences)
         output.sequences = short.restore(output.sequences)
         return output
+
+    def _refuse_candidates(self, call: Mapping[str, Any]) -> None:
+        """Prompt lookup and assistants make the model check several tokens at once; not every family does it right."""
+        defaults = self.model.generation_config
+        asked = call.get("assistant_model") is not None or setting("prompt_lookup_num_tokens", call, defaults)
+        if asked and not get_adapter(self.model).checks_candidates:
+            raise InvalidInputError(
+                f"with a pruned prompt, {type(self.model).__name__} gives other answers when candidate tokens are "
+                "checked together; leave out prompt_lookup_num_tokens and assistant_model"
+            )
 
     def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _by_name(type(model).forward, model, args, kwargs) if args else kwargs
