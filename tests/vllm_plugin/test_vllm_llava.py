@@ -21,7 +21,7 @@ from dcp_prune.testbed.seeds import HELD_OUT, TUNING
 from dcp_prune.testbed.world import make_scene
 
 N, K = 576, 16
-CLOSE = 1e-4
+CLOSE = 5e-4  # of log-probabilities down to -30, in float32 with other kernels
 Start = Callable[..., Engine]
 
 SCENES = [make_scene(seed, "crowded") for seed in range(TUNING.start, TUNING.start + 6)]

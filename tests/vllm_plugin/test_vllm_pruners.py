@@ -28,7 +28,8 @@ Start = Callable[..., Engine]
 PROMPT = "<image> what colour is the dog here"
 IN_ENCODER = {"dcp_progressive": {}, "flowcut": {}, "dcp": {"schedule": [[2, 24], [5, 12]], "recovery": 0.5}}
 """Pruners that drop tokens inside the encoder, and options that make one do so."""
-CASES = [(name, {}) for name in list_pruners()] + [(name, options) for name, options in IN_ENCODER.items() if options]
+NAMES = [name for name in list_pruners() if get_pruner(name).text_space == "embeddings"]
+CASES = [(name, {}) for name in NAMES] + [(name, options) for name, options in IN_ENCODER.items() if options]
 
 
 @pytest.fixture(scope="module")

@@ -221,7 +221,7 @@ class PruneHandle:
         output.sequences = short.restore(output.sequences)
         return output
 
-    def _refuse_candidates(self, call: Mapping[str, Any]) -> None:
+    def _refuse_candidates(self, call: dict[str, Any]) -> None:
         """Prompt lookup and assistants make the model check several tokens at once; not every family does it right."""
         defaults = self.model.generation_config
         asked = call.get("assistant_model") is not None or setting("prompt_lookup_num_tokens", call, defaults)
