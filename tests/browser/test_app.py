@@ -135,4 +135,4 @@ def test_budgets_are_measured_and_the_leaderboard_is_there(open_page: Any) -> No
     page.locator("#sweep").click()
     page.locator("#sweep-rows").get_by_text("B: random").nth(1).wait_for()
     page.get_by_role("tab", name="Leaderboard").click()
-    page.locator("#board").get_by_text("natural, cluttered").first.wait_for()
+    page.locator("#board").get_by_text("natural, cluttered").locator("visible=true").first.wait_for()
