@@ -9,7 +9,7 @@ import pytest
 
 from dcp_prune.environment import environment
 from dcp_prune.errors import InvalidInputError
-from dcp_prune.report.tables import cost, draw_table, published, views
+from dcp_prune.report.tables import cost, draw_table, published
 
 PROJECT = Path(__file__).parents[2]
 
@@ -42,30 +42,6 @@ def test_the_cost_table_shows_ratios_and_the_share_of_selecting():
     assert cost(COST).splitlines()[2:] == [
         "| all tokens | 576 | 4,000 ms | 1.00 x |  | 3.00 MiB | 2,000 GFLOP |",
         "| `dcp` | 16 | 1,000 ms | 4.00 x | 1.2 % | 0.50 MiB | 500 GFLOP |",
-    ]
-
-
-def test_the_table_of_views_has_a_row_for_each_base_of_the_positions():
-    rows = [
-        {
-            "checkpoint": "weak",
-            "rope_theta": theta,
-            "view": view,
-            "num_tokens": tokens,
-            "accuracy": right,
-            "ci95": [0, 1],
-        }
-        for theta in (1e4, 4e5)
-        for view, tokens, right in (("none", 0, 0.25), ("overview", 576, 0.5), ("none", 2880, theta / 1e6))
-    ]
-    asked = {"questions": 140, "images": 10, "split": "held-out", "difficulty": "crowded"}
-    drawn = views({"results": rows, "questions": asked}).splitlines()
-    assert "140 held-out questions about 10 crowded pictures" in drawn[-1]
-    assert drawn[:-2] == [
-        "| checkpoint | base of positions | no image: 0 | overview: 576 | overview and tiles: 2,880 |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| `weak` | 10,000 | 25.0 [0.0, 100.0] | 50.0 [0.0, 100.0] | 1.0 [0.0, 100.0] |",
-        "| `weak` | 400,000 | 25.0 [0.0, 100.0] | 50.0 [0.0, 100.0] | 40.0 [0.0, 100.0] |",
     ]
 
 

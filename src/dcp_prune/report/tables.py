@@ -118,23 +118,6 @@ def pruners(result: Result) -> str:
     return _markdown(["name", "what it keeps", ""], rows, texts=3)
 
 
-def views(result: Result) -> str:
-    """Accuracy of the unpruned model with parts of a tiled image, for each base of the rotary positions."""
-    names = {(NONE, True): "overview and tiles", (NONE, False): "no image"}
-    rows: dict[tuple[str, float], dict[tuple[str, int], str]] = {}
-    for row in result["results"]:
-        low, high = (100 * bound for bound in row["ci95"])
-        own = rows.setdefault((row["checkpoint"], row["rope_theta"]), {})
-        own[row["view"], row["num_tokens"]] = f"{100 * row['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
-    parts = list(dict.fromkeys(part for own in rows.values() for part in own))
-    titles = [f"{names.get((view, tokens > 0), view)}: {tokens:,}" for view, tokens in parts]
-    body = [[f"`{name}`", f"{theta:,.0f}", *(own[part] for part in parts)] for (name, theta), own in rows.items()]
-    asked = result["questions"]
-    about = f"{asked['questions']:,} {asked['split']} questions about {asked['images']} {asked['difficulty']} pictures"
-    table = _markdown(["checkpoint", "base of positions", *titles], body)
-    return f"{table}\n\n<sub>Accuracy in per cent with 95 % intervals; {about}.</sub>"
-
-
 def vllm(result: Result) -> str:
     """Stock vLLM, the plug-in with nothing pruned, and pruned: medians of interleaved runs, and their ratios to
     stock vLLM, taken within a round, with 95 % intervals."""
@@ -234,7 +217,6 @@ TABLES: Mapping[str, Callable[[Result], str]] = {
     "published": published,
     "selection": selection,
     "soak": soak,
-    "views": views,
     "vllm": vllm,
     "vllm-answers": vllm_answers,
 }
